@@ -1,0 +1,265 @@
+package proxy
+
+import (
+	"net/netip"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/dataplane/sipmsg"
+)
+
+// requestFromCore forwards a request of the core to the UE that its Route names: our entry is the Path of the
+// registration or the Record-Route of the dialog, and its token the UE context (TS 24.229 §5.2.6.4).
+func (w *Worker) requestFromCore(f ims.Flow) {
+	m := &w.m
+	method := m.Method()
+	via, err := sipmsg.ParseVia(m.Get(sipmsg.Via))
+	if err != nil {
+		w.obs.Drop(observe.ReasonMalformed)
+		return
+	}
+	r := w.popRoutes()
+	if r.token == nil {
+		w.requestForUs(f)
+		return
+	}
+	t, ok := w.seal.open(&w.sc, r.token)
+	if !ok || t.kind != tokenPath {
+		w.refuse(f, nil, 403, "Forbidden", "Route: flow token is not ours", observe.ReasonForgedToken)
+		return
+	}
+	if int(t.worker) != w.id {
+		if int(t.worker) >= w.cfg.Workers || f.Conn != 0 || w.eg.Hand(int(t.worker), f, m.Bytes()) != nil {
+			w.refuse(f, nil, 430, "Flow Failed", "Route: no such flow", observe.ReasonStaleToken)
+		}
+		return
+	}
+	u := w.table.Lookup(t.ue, t.gen)
+	if u == nil {
+		w.refuse(f, nil, 430, "Flow Failed", "Route: the registration is gone", observe.ReasonStaleToken)
+		return
+	}
+	s := u.Current
+	if s == nil || !s.Live() || u.State != registrar.Registered && starts(method) {
+		w.refuse(f, nil, 480, "Temporarily Unavailable", "no security association with the UE",
+			observe.ReasonUEUnreachable)
+		return
+	}
+	left, ok := w.forwardsLeft()
+	switch {
+	case !ok:
+		w.refuse(f, nil, 400, "Bad Request", "Max-Forwards: not a number up to 255", observe.ReasonMalformed)
+		return
+	case left == 0:
+		w.refuse(f, nil, 483, "Too Many Hops", "Max-Forwards: 0", observe.ReasonMaxForwards)
+		return
+	}
+	tcp := w.retry != retryUDP && w.overTCP(s)
+	transport := ims.UDP
+	if tcp {
+		transport = ims.TCP
+	}
+	// The answer will be sent by the Via as we forward it, so received and rport count as filled in.
+	below := via
+	if via.Received != nil || needsReceived(&via, f.Remote.Addr()) {
+		w.addr = f.Remote.Addr().AppendTo(w.addr[:0])
+		below.Received = w.addr
+	}
+	if below.HasRPort && below.RPort == 0 {
+		below.RPort = f.Remote.Port()
+	}
+	back, ok := answerTarget(&below)
+	if !ok {
+		w.refuse(f, nil, 400, "Bad Request", "Via: no address to answer to", observe.ReasonMalformed)
+		return
+	}
+	if f.Conn != 0 {
+		w.remember(f.Conn, back.Addr)
+	}
+
+	w.e.Reset(m)
+	w.markReceived(&via, f)
+	called := w.stripFromCore(u)
+	at := m.HeadersStart()
+	w.e.Open(at, at)
+	w.e.Str("Via: SIP/2.0/")
+	w.e.Str(transport.Via())
+	w.e.Str(" ")
+	w.e.AddrPort(netip.AddrPortFrom(s.Params.Local, s.Ports.PS))
+	w.e.Str(";branch=")
+	w.putBranch(token{
+		kind: tokenToUE, worker: uint8(w.id), ue: u.Index, gen: u.Gen, set: s.Serial, identity: uint8(called + 1),
+	}, w.answerDigits(&below, back))
+	w.e.Str("\r\n")
+	if dialogForming(method) && !w.inDialog() {
+		w.e.Str("Record-Route: <sip:")
+		w.e.Raw(w.seal.seal(&w.sc, w.pathToken(u)))
+		w.putSelf(s, true, tcp)
+		w.e.Str(">\r\n")
+	}
+	w.putRest(&r)
+	w.putForwards(left)
+	w.e.Close()
+	if !w.finish() {
+		return
+	}
+	if !tcp {
+		w.sendToUE(s, byUDP, w.out, method)
+		return
+	}
+	w.requestOverTCP(f, s, method)
+}
+
+// starts reports whether a request begins something new, which a UE that is being de-registered no longer gets.
+func starts(m sipmsg.Method) bool {
+	switch m {
+	case sipmsg.MethodAck, sipmsg.MethodBye, sipmsg.MethodCancel, sipmsg.MethodNotify, sipmsg.MethodPrack,
+		sipmsg.MethodUpdate:
+		return false
+	default:
+		return true
+	}
+}
+
+// overTCP decides the transport of a request to a UE: TCP for phones that registered over it and for what is too large
+// for one datagram (RFC 3261 §18.1.1), UDP else.
+func (w *Worker) overTCP(s *registrar.Set) bool {
+	const grows = 250 // Via and Record-Route that we add
+	return s.OverTCP || len(w.m.Bytes())+grows > w.cfg.UDPLimit
+}
+
+// requestOverTCP sends the finished request on a connection of the set, or opens one. If the UE accepts none the request
+// goes over UDP in the same set after all: some phones do not listen on port-us for TCP.
+func (w *Worker) requestOverTCP(f ims.Flow, s *registrar.Set, method sipmsg.Method) {
+	w.countOut(ims.GmProtected, ims.TCP, method, w.out)
+	for _, c := range []ims.ConnID{s.ConnOut, s.ConnIn} {
+		if c != 0 && w.eg.SendTCP(c, w.out) == nil {
+			return
+		}
+	}
+	req := append([]byte(nil), w.m.Bytes()...)
+	w.dialUE(s, w.out, func() {
+		w.retry = retryUDP
+		defer func() { w.retry = 0 }()
+		if w.m.Scan(req) == nil {
+			w.requestFromCore(f)
+		}
+	})
+}
+
+// remember notes which connection the requests of a peer come over, so that their answers go back on it.
+func (w *Worker) remember(c ims.ConnID, sentBy netip.AddrPort) {
+	if w.answer[sentBy] == c || len(w.answer) >= maxFwdPeers {
+		return
+	}
+	w.answer[sentBy], w.mwPeer[c] = c, sentBy
+}
+
+// requestForUs answers requests of the core that name no UE.
+func (w *Worker) requestForUs(f ims.Flow) {
+	if w.m.Method() == sipmsg.MethodOptions {
+		w.out = w.reply(w.out[:0], f, nil, 200, "OK", "", "Accept: application/sdp\r\n")
+		w.sendReply(f, nil, w.out)
+		return
+	}
+	w.refuse(f, nil, 404, "Not Found", "Route: names no registration", observe.ReasonUnknownRequest)
+}
+
+// stripFromCore deletes what stays inside the trust domain (RFC 3325 §5, TS 24.229 §5.2.6.4) and the rows that are
+// written anew. It returns the index of the identity that was called, or -1.
+func (w *Worker) stripFromCore(u *registrar.UE) (called int) {
+	m := &w.m
+	called = -1
+	private := sipmsg.HasToken(m.Get(sipmsg.Privacy), "id") || privacyID(m.Get(sipmsg.Privacy))
+	for _, row := range m.Rows() {
+		switch row.ID {
+		case sipmsg.PCalledPartyID:
+			called = w.identityOf(u, m.Value(row))
+		case sipmsg.PChargingVector, sipmsg.PChargingFunctionAddresses, sipmsg.PUserDatabase, sipmsg.PProfileKey,
+			sipmsg.PServedUser:
+			w.e.DeleteRow(row)
+		case sipmsg.PAssertedIdentity:
+			if private {
+				w.e.DeleteRow(row)
+			}
+		case sipmsg.MaxForwards, sipmsg.Route:
+			if m.IsRequest() {
+				w.e.DeleteRow(row)
+			}
+		default:
+		}
+	}
+	return called
+}
+
+// privacyID reports whether a Privacy value, whose items are separated by semicolons, holds "id" (RFC 3325 §9.3).
+func privacyID(v []byte) bool {
+	_, ok := sipmsg.Param(v, "id")
+	return ok
+}
+
+// answerFromCore forwards an answer of the core to the UE whose request it answers.
+func (w *Worker) answerFromCore(f ims.Flow) {
+	m := &w.m
+	via, err := sipmsg.ParseVia(m.Get(sipmsg.Via))
+	if err != nil {
+		w.obs.Drop(observe.ReasonMalformed)
+		return
+	}
+	if len(via.Branch) >= len(healthMark) && string(via.Branch[:len(healthMark)]) == healthMark {
+		return // any answer shows that the next hop lives, and that is noted already
+	}
+	t, digits, ok := w.readBranch(via.Branch)
+	if !ok {
+		w.obs.Drop(observe.ReasonUnknownResponse)
+		return
+	}
+	if int(t.worker) != w.id {
+		if int(t.worker) >= w.cfg.Workers || w.eg.Hand(int(t.worker), f, m.Bytes()) != nil {
+			w.obs.Drop(observe.ReasonUnknownResponse)
+		}
+		return
+	}
+	switch t.kind {
+	case tokenRegister:
+		w.registerAnswer(digits)
+		return
+	case tokenToCore:
+	default:
+		w.obs.Drop(observe.ReasonUnknownResponse)
+		return
+	}
+	u := w.table.Lookup(t.ue, t.gen)
+	if u == nil {
+		w.obs.Drop(observe.ReasonStaleToken)
+		return
+	}
+	// The answer goes over the set of the request while that lives, else over the one in use.
+	s := u.Set(t.set)
+	if s == nil {
+		s = u.Current
+	}
+	if s == nil {
+		w.obs.Drop(observe.ReasonUEUnreachable)
+		return
+	}
+	w.e.Reset(m)
+	w.e.PopElement(m, sipmsg.Via)
+	w.stripFromCore(u)
+	if dialogForming(m.CSeqMethod()) {
+		w.rewriteRecordRoute(s, true, t.how != byUDP)
+	}
+	if m.Status() == 503 {
+		// RFC 3261 §16.7: a 503 speaks of the core, and phones would take it as a reason to leave this P-CSCF.
+		const status = len("SIP/2.0 ")
+		w.e.ReplaceString(status, status+3, "500")
+		if row, ok := m.First(sipmsg.RetryAfter); ok {
+			w.e.DeleteRow(row)
+		}
+	}
+	if !w.finish() {
+		return
+	}
+	w.sendToUE(s, t.how, w.out, sipmsg.MethodOther)
+}

@@ -1,0 +1,149 @@
+package proxy
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/binary"
+	"fmt"
+
+	"github.com/gmgate/gmgate/control/ims"
+)
+
+// tokenKind says where a token stands and so what it allows.
+type tokenKind uint8
+
+const (
+	tokenPath     tokenKind = iota + 1 // user part of Path and Record-Route: requests of the core to the UE and back
+	tokenToCore                        // our Via on a request of a UE
+	tokenToUE                          // our Via on a request to a UE
+	tokenRegister                      // our Via on a REGISTER
+)
+
+// token is what a sealed flow token says.
+type token struct {
+	kind     tokenKind
+	worker   uint8
+	ue       uint32 // 24 bits
+	gen      uint16
+	set      uint8 // serial of the SA set; zero: any
+	identity uint8 // tokenToUE: 1 + index of the identity which was called, zero if unknown
+	how      channel
+}
+
+// channel says how a UE's request came in, which decides how the answer goes out. It is part of the branch, so it must
+// be the same for an INVITE and its CANCEL: no number of a connection.
+type channel uint8
+
+const (
+	byUDP     channel = iota + 1
+	byConnIn          // a connection which the UE opened, uc to ps
+	byConnOut         // a connection which we opened, pc to us
+)
+
+// tokenLen is the length of a sealed token in text: 16 octets in unpadded base64url, whose alphabet is allowed both in
+// the user part of a SIP URI and in a branch.
+const tokenLen = 22
+
+// tokenZeros is how many octets of the sealed block must come out as zero: a forged token passes with a probability of
+// 2^-48 per attempt, and every attempt is a message that is counted.
+const tokenZeros = 6
+
+// sealer seals and opens flow tokens: one AES block encryption under a random key makes them confidential, and the
+// zero octets in the block make them authentic. Safe for concurrent use.
+type sealer struct{ block cipher.Block }
+
+// newSealer makes a sealer under key (16 octets).
+func newSealer(key []byte) (sealer, error) {
+	b, err := aes.NewCipher(key)
+	if err != nil {
+		return sealer{}, fmt.Errorf("make token key: %w", err)
+	}
+	return sealer{b}, nil
+}
+
+// NewTokenKey returns a fresh key for flow tokens, which all workers of a process share.
+func NewTokenKey() (ims.Key, error) {
+	k := make(ims.Key, 16)
+	if _, err := rand.Read(k); err != nil {
+		return nil, fmt.Errorf("make token key: %w", err)
+	}
+	return k, nil
+}
+
+// scratch is the working memory of a worker for sealing and opening: calls through the cipher.Block interface would
+// otherwise move it to the heap.
+type scratch struct {
+	in, out [aes.BlockSize]byte
+	text    [tokenLen]byte
+}
+
+// seal returns the text of a token, valid until the next use of s.
+func (z sealer) seal(s *scratch, t token) []byte {
+	b := &s.in
+	b[0] = byte(t.kind)
+	b[1] = t.worker
+	put24(b[2:], t.ue)
+	binary.BigEndian.PutUint16(b[5:], t.gen)
+	b[7] = t.set
+	b[8] = t.identity
+	b[9] = byte(t.how)
+	clear(b[10:])
+	z.block.Encrypt(s.out[:], b[:])
+	base64.RawURLEncoding.Encode(s.text[:], s.out[:])
+	return s.text[:]
+}
+
+// open reads a token. It reports false for one that was not sealed by us.
+func (z sealer) open(s *scratch, text []byte) (token, bool) {
+	if len(text) != tokenLen {
+		return token{}, false
+	}
+	if n, err := base64.RawURLEncoding.Decode(s.in[:], text); err != nil || n != aes.BlockSize {
+		return token{}, false
+	}
+	z.block.Decrypt(s.out[:], s.in[:])
+	b := &s.out
+	if [tokenZeros]byte(b[10:]) != [tokenZeros]byte{} {
+		return token{}, false
+	}
+	return token{
+		kind: tokenKind(b[0]), worker: b[1], ue: get24(b[2:]), gen: binary.BigEndian.Uint16(b[5:]),
+		set: b[7], identity: b[8], how: channel(b[9]),
+	}, true
+}
+
+// mac returns 64 bits that bind the parts to the sealing key: CBC-MAC over a first block that holds the total length,
+// which makes the encoding prefix-free, and the parts with a separator after each.
+func (z sealer) mac(s *scratch, parts ...[]byte) uint64 {
+	total := 0
+	for _, p := range parts {
+		total += len(p) + 1
+	}
+	clear(s.in[:])
+	s.in[0] = 0xff // no sealed token begins so
+	binary.BigEndian.PutUint64(s.in[8:], uint64(total))
+	z.block.Encrypt(s.out[:], s.in[:])
+	n := 0
+	for _, p := range parts {
+		for i := 0; i <= len(p); i++ {
+			if n == aes.BlockSize {
+				s.in = s.out
+				z.block.Encrypt(s.out[:], s.in[:])
+				n = 0
+			}
+			if i < len(p) {
+				s.out[n] ^= p[i]
+			}
+			n++
+		}
+	}
+	s.in = s.out
+	z.block.Encrypt(s.out[:], s.in[:])
+	return binary.BigEndian.Uint64(s.out[:])
+}
+
+func put24(b []byte, v uint32) { b[0], b[1], b[2] = byte(v>>16), byte(v>>8), byte(v) }
+
+func get24(b []byte) uint32 { return uint32(b[0])<<16 | uint32(b[1])<<8 | uint32(b[2]) }

@@ -1,0 +1,310 @@
+package proxy
+
+import (
+	"bytes"
+	"net/netip"
+	"slices"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/dataplane/sipmsg"
+)
+
+// requestFromUE forwards a protected request other than REGISTER to the core (TS 24.229 §5.2.6.3). Who sent it is known
+// from the SA it came in on, whatever its headers say.
+func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
+	m, u := &w.m, s.UE
+	method := m.Method()
+	if u.State != registrar.Registered {
+		w.refuse(f, s, 403, "Forbidden", "not registered", observe.ReasonNotRegistered)
+		return
+	}
+	via, err := sipmsg.ParseVia(m.Get(sipmsg.Via))
+	if err != nil {
+		w.refuse(f, s, 400, "Bad Request", "Via: "+err.Error(), observe.ReasonMalformed)
+		return
+	}
+	left, ok := w.forwardsLeft()
+	switch {
+	case !ok:
+		w.refuse(f, s, 400, "Bad Request", "Max-Forwards: not a number up to 255", observe.ReasonMalformed)
+		return
+	case left == 0:
+		w.refuse(f, s, 483, "Too Many Hops", "Max-Forwards: 0", observe.ReasonMaxForwards)
+		return
+	}
+	if method != sipmsg.MethodAck && method != sipmsg.MethodCancel {
+		if tag := w.unknownExtension(); tag != nil {
+			w.refuseExtension(f, s, tag)
+			return
+		}
+	}
+	r := w.popRoutes()
+	if r.token != nil { // an in-dialog request comes by our Record-Route entry, which must be this UE's
+		t, ok := w.seal.open(&w.sc, r.token)
+		if !ok || t.kind != tokenPath || int(t.worker) != w.id || t.ue != u.Index || t.gen != u.Gen {
+			w.refuse(f, s, 403, "Forbidden", "Route: flow token is not of this UE", observe.ReasonForgedToken)
+			return
+		}
+	}
+	hop, ok := w.hopFromUE(f, s, &r)
+	if !ok {
+		return
+	}
+
+	w.e.Reset(m)
+	w.markReceived(&via, f)
+	keep := w.stripFromUE(u)
+	at := m.HeadersStart()
+	w.e.Open(at, at)
+	w.e.Str("Via: SIP/2.0/")
+	w.e.Str(hop.Transport.Via())
+	w.e.Str(" ")
+	w.e.AddrPort(w.mwAddr(hop.Addr.Addr()))
+	w.e.Str(";branch=")
+	w.putBranch(token{
+		kind: tokenToCore, worker: uint8(w.id), ue: u.Index, gen: u.Gen, set: s.Serial, how: channelOf(f, s),
+	}, w.requestDigits(&via))
+	w.e.Str("\r\n")
+	if r.token == nil && dialogForming(method) {
+		w.e.Str("Record-Route: <sip:")
+		w.e.Raw(w.seal.seal(&w.sc, w.pathToken(u)))
+		w.putSelf(s, false, false)
+		w.e.Str(">\r\n")
+	}
+	if r.token != nil {
+		w.putRest(&r)
+	} else {
+		// TS 24.229 §5.2.6.3: the preloaded route must be the Service-Route; whatever the UE wrote, it becomes that.
+		w.e.Str(u.RouteRow)
+	}
+	w.putForwards(left)
+	if method != sipmsg.MethodAck && method != sipmsg.MethodCancel {
+		if keep < len(u.Asserted) {
+			w.e.Str(u.Asserted[keep])
+		}
+		w.putChargingVector()
+	}
+	w.e.Close()
+	if !w.finish() {
+		return
+	}
+	w.deliverToCore(f, s, hop, method)
+}
+
+// requestDigits tells the transactions of one UE apart by what a retransmission, a CANCEL and a non-2xx ACK repeat: the
+// UE's own Via.
+func (w *Worker) requestDigits(v *sipmsg.ViaParm) uint64 {
+	return w.seal.mac(&w.sc, v.Branch, v.Host, w.m.Get(sipmsg.CallID))
+}
+
+// deliverToCore sends the finished request; if the connection fails the UE gets 503 at once.
+func (w *Worker) deliverToCore(f ims.Flow, s *registrar.Set, hop ims.Hop, method sipmsg.Method) {
+	var fail func()
+	if hop.Transport == ims.TCP {
+		req := append([]byte(nil), w.m.Bytes()...)
+		fail = func() {
+			if s.Live() && w.m.Scan(req) == nil {
+				w.refuse(f, s, 503, "Service Unavailable", "no connection to the core", observe.ReasonCoreUnreachable)
+			}
+		}
+	}
+	w.sendToCore(hop, w.out, method, fail)
+}
+
+// hopFromUE finds the next hop of a request of a UE: the Service-Route for initial requests, the route set for those
+// within a dialog. A destination that neither names is refused: a UE must not use us as a relay. It reports false when
+// the request was answered or waits for a name to be resolved.
+func (w *Worker) hopFromUE(f ims.Flow, s *registrar.Set, r *routes) (ims.Hop, bool) {
+	u := s.UE
+	if r.token == nil {
+		h := u.NextHop
+		if !h.IsValid() {
+			h = w.cfg.NextHops[0]
+		}
+		if w.down(h.Addr) {
+			w.refuse(f, s, 504, "Server Time-out", "core does not answer", observe.ReasonCoreUnreachable)
+			return h, false
+		}
+		return h, true
+	}
+	target := r.first
+	if target == nil {
+		target = w.m.RequestURI()
+	}
+	uri, err := sipmsg.ParseURI(target)
+	if err != nil {
+		w.refuse(f, s, 400, "Bad Request", "Route: "+err.Error(), observe.ReasonMalformed)
+		return ims.Hop{}, false
+	}
+	h, state := w.resolve(&uri)
+	switch state {
+	case nameUnknown:
+		w.refuse(f, s, 503, "Service Unavailable", "Route: host name does not resolve", observe.ReasonCoreUnreachable)
+		return h, false
+	case namePending:
+		w.await(f, uri.Host)
+		return h, false
+	case nameKnown:
+	}
+	if !w.allowed(u, &uri, h.Addr.Addr()) {
+		w.refuse(f, s, 403, "Forbidden", "Route: destination not allowed", observe.ReasonRouteNotAllowed)
+		return h, false
+	}
+	return h, true
+}
+
+// allowed reports whether requests of this UE may be routed to a host: a next hop, a host of its Service-Route, or a
+// configured peer.
+func (w *Worker) allowed(u *registrar.UE, uri *sipmsg.URI, a netip.Addr) bool {
+	for _, h := range w.cfg.NextHops {
+		if h.Addr.Addr() == a {
+			return true
+		}
+	}
+	for _, p := range w.cfg.Peers {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	if u.NextHop.IsValid() && u.NextHop.Addr.Addr() == a {
+		return true
+	}
+	for _, sr := range u.ServiceHosts {
+		if sipmsg.EqualFold(uri.Host, sr) {
+			return true
+		}
+	}
+	return false
+}
+
+// stripFromUE deletes what a UE may not say (trust boundary, TS 24.229 §5.2.6.3), the traces of the security agreement
+// (RFC 3329 §2.3), and the rows that are written anew. It returns the index of the identity to assert: the one which
+// P-Preferred-Identity names if it is registered over this SA, else the default public identity.
+func (w *Worker) stripFromUE(u *registrar.UE) (identity int) {
+	m := &w.m
+	for _, row := range m.Rows() {
+		switch row.ID {
+		case sipmsg.PPreferredIdentity:
+			if i := w.identityOf(u, m.Value(row)); i > 0 {
+				identity = i
+			}
+			w.e.DeleteRow(row)
+		case sipmsg.SecurityClient, sipmsg.SecurityServer, sipmsg.SecurityVerify,
+			sipmsg.PAssertedIdentity, sipmsg.PAssertedService, sipmsg.PChargingVector, sipmsg.PChargingFunctionAddresses,
+			sipmsg.PMediaAuthorization, sipmsg.PUserDatabase, sipmsg.PProfileKey, sipmsg.PServedUser,
+			sipmsg.PAssociatedURI, sipmsg.ServiceRoute, sipmsg.Path, sipmsg.PVisitedNetworkID, sipmsg.PCalledPartyID,
+			sipmsg.MaxForwards, sipmsg.Route:
+			w.e.DeleteRow(row)
+		case sipmsg.PEarlyMedia:
+			if !sipmsg.EqualFold(m.Value(row), "supported") { // RFC 5009 §6: only the network authorizes early media
+				w.e.DeleteRow(row)
+			}
+		case sipmsg.PAccessNetworkInfo:
+			if bytes.Contains(m.Value(row), []byte("network-provided")) {
+				w.stripNetworkProvided(row)
+			}
+		default:
+		}
+	}
+	w.e.RemoveTokens(m, sipmsg.Require, "sec-agree", "mediasec")
+	w.e.RemoveTokens(m, sipmsg.ProxyRequire, "sec-agree", "mediasec")
+	return identity
+}
+
+// stripNetworkProvided deletes those values of P-Access-Network-Info which only the network may insert (RFC 7315 §4.4).
+func (w *Worker) stripNetworkProvided(row sipmsg.Row) {
+	v := w.m.Value(row)
+	keep := make([]byte, 0, len(v))
+	for len(v) > 0 {
+		elem, rest := sipmsg.Element(v)
+		v = rest
+		if bytes.Contains(elem, []byte("network-provided")) {
+			continue
+		}
+		if len(keep) > 0 {
+			keep = append(keep, ", "...)
+		}
+		keep = append(keep, elem...)
+	}
+	if len(keep) == 0 {
+		w.e.DeleteRow(row)
+		return
+	}
+	w.e.Replace(int(row.ValStart), int(row.ValEnd), keep)
+}
+
+// identityOf returns the index of the registered identity that a header value names, or -1.
+func (w *Worker) identityOf(u *registrar.UE, value []byte) int {
+	na, err := sipmsg.ParseNameAddr(value)
+	if err != nil {
+		return -1
+	}
+	return slices.IndexFunc(u.Identities, func(id string) bool { return sipmsg.EqualFold(na.URI, id) })
+}
+
+// putChargingVector writes P-Charging-Vector (RFC 7315 §4.6) into the open splice. The icid comes from the Call-ID under
+// our key: unique, the same for all requests of a dialog and for retransmissions, and without state.
+func (w *Worker) putChargingVector() {
+	m := &w.m
+	w.e.Str(`P-Charging-Vector: icid-value="`)
+	w.e.Raw(w.hex64(w.seal.mac(&w.sc, []byte("icid"), m.Get(sipmsg.CallID))))
+	w.e.Str(`";icid-generated-at=`)
+	w.e.BareAddr(w.mwAddr(w.cfg.NextHops[0].Addr.Addr()).Addr())
+	if w.cfg.OrigIOI != "" {
+		w.e.Str(`;orig-ioi=`)
+		w.e.Str(w.cfg.OrigIOI)
+	}
+	w.e.Str("\r\n")
+}
+
+// answerFromUE forwards a protected answer to the core (TS 24.229 §5.2.6.4). It belongs to a request that we sent to
+// this very UE: the branch is sealed and names it.
+func (w *Worker) answerFromUE(f ims.Flow, s *registrar.Set) {
+	m, u := &w.m, s.UE
+	via, err := sipmsg.ParseVia(m.Get(sipmsg.Via))
+	if err != nil {
+		w.obs.Drop(observe.ReasonMalformed)
+		return
+	}
+	t, digits, ok := w.readBranch(via.Branch)
+	if !ok {
+		w.obs.Drop(observe.ReasonForgedToken)
+		return
+	}
+	if t.kind != tokenToUE || int(t.worker) != w.id || t.ue != u.Index || t.gen != u.Gen {
+		w.obs.Drop(observe.ReasonNotOwner)
+		return
+	}
+	below, ok := w.viaBeneath()
+	if !ok {
+		w.obs.Drop(observe.ReasonViaMismatch)
+		return
+	}
+	hop, ok := answerTarget(&below)
+	if !ok || !bytes.Equal(w.hex64(w.answerDigits(&below, hop)), digits) {
+		w.obs.Drop(observe.ReasonViaMismatch)
+		return
+	}
+
+	w.e.Reset(m)
+	w.e.PopElement(m, sipmsg.Via)
+	w.stripFromUE(u)
+	if dialogForming(m.CSeqMethod()) {
+		w.rewriteRecordRoute(s, false, false)
+	}
+	if i := int(t.identity); i < len(u.Asserted)+1 && len(u.Asserted) > 0 && m.Status() != 100 {
+		w.e.Insert(m.HeadersStart(), u.Asserted[max(i-1, 0)])
+	}
+	if !w.finish() {
+		return
+	}
+	if hop.Transport == ims.TCP {
+		if c := w.answer[hop.Addr]; c != 0 && w.eg.SendTCP(c, w.out) == nil {
+			w.countOut(ims.Mw, ims.TCP, sipmsg.MethodOther, w.out)
+			return
+		}
+	}
+	w.sendToCore(hop, w.out, sipmsg.MethodOther, nil)
+}

@@ -1,0 +1,349 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/wheel"
+	"github.com/gmgate/gmgate/dataplane/sipmsg"
+)
+
+// Config is what the workers of one process share. It is read-only once workers exist.
+type Config struct {
+	Workers int
+
+	// Gm side.
+	Gm            []netip.Addr // our addresses towards the UEs
+	GmPort        uint16       // unprotected port
+	UDPLimit      int          // octets; larger requests to a UE go over TCP, RFC 3261 §18.1.1
+	DropClear     bool         // drop clear requests other than REGISTER instead of answering 403
+	Suites        []ims.Suite  // ordered, ours
+	ServerList    bool         // Security-Server lists every suite, not the chosen one only
+	StatusSuite   int          // no common algorithm
+	StatusVerify  int          // Security-Verify or Security-Client differs
+	StatusTaken   int          // address and port belong to another IMPI
+	Registrar     registrar.Config
+	LifetimeExtra time.Duration // SA lifetime beyond the registration's expiry, TS 24.229 §5.2.2.2
+
+	// Mw side. Worker k listens on MwPort+k.
+	Mw              []netip.Addr
+	MwPort          uint16
+	MwTransport     ims.Transport
+	NextHops        []ims.Hop
+	Hosts           map[string]netip.Addr // static names, lower case
+	Peers           []netip.Prefix        // further destinations that requests of UEs may be routed to
+	PathHost        string                // host in Path and Record-Route; empty: the Mw address
+	VisitedNetwork  string
+	OrigIOI         string
+	ClearIntegrity  string // integrity-protected of a REGISTER in clear; empty: parameter absent
+	QuoteIntegrity  bool
+	RegisterTimeout time.Duration
+	HealthInterval  time.Duration // zero: no OPTIONS to the next hops
+
+	TokenKey ims.Key
+	SPIFirst ims.SPI
+	SPILast  ims.SPI
+}
+
+// Egress is the event loop that a Worker runs on, seen from here: dataplane/front implements it. All methods but Post
+// are called on the loop only. SendUDP and SendTCP copy what they are given.
+type Egress interface {
+	Index() int
+	SendUDP(local, remote netip.AddrPort, msg []byte) error
+	SendTCP(c ims.ConnID, msg []byte) error
+	Dial(local, remote netip.AddrPort, side ims.Side, hidden bool, tag uint64)
+	CloseConn(c ims.ConnID, reset bool)
+	Post(f func()) error
+	Hand(to int, f ims.Flow, msg []byte) error
+	Now() time.Time
+}
+
+// Implementation constants.
+const (
+	wheelTick = 10 * time.Millisecond
+	// answerGrace is how long the set of a failed registration stays, so that the answer gets out over it and a
+	// retransmission of the request still finds it.
+	answerGrace = 4 * time.Second
+	maxQueued   = 64 // messages waiting for one connection
+	maxFwdPeers = 4096
+)
+
+// Worker handles every message of the UEs that one event loop owns. Use it on that loop only.
+type Worker struct {
+	cfg     *Config
+	id      int
+	log     *slog.Logger
+	eg      Egress
+	obs     *observe.Counters
+	metrics *observe.Metrics
+	seal    sealer
+	sc      scratch
+
+	wheel *wheel.Wheel
+	table *registrar.Table
+	inst  sa.Installer
+	spis  *sa.SPIPool
+
+	m    sipmsg.Msg
+	e    sipmsg.Edit
+	out  []byte
+	text []byte // scratch for header values
+	addr []byte // scratch for an address in text
+
+	mwPort uint16 // our own Mw port
+
+	txs     map[txKey]*regTx
+	newest  map[string]*regTx // newest REGISTER transaction by IMPI and address
+	conns   map[ims.ConnID]*registrar.Set
+	dials   map[uint64]*dial
+	ueDial  map[*registrar.Set]*dial
+	mwConn  map[netip.AddrPort]ims.ConnID // connections we opened or that are reused, by the peer's listening address
+	mwPeer  map[ims.ConnID]netip.AddrPort
+	mwDial  map[netip.AddrPort]*dial
+	answer  map[netip.AddrPort]ims.ConnID // connection that requests of this sent-by came over last
+	nextTag uint64
+	names   resolver
+	health  []*nextHop
+	retry   retryMode // set while a message is handled again after a failed attempt
+}
+
+type retryMode uint8
+
+const retryUDP retryMode = 1 // a connection to the UE failed: use UDP
+
+// New makes a worker. Boot must be called before the first message.
+func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.Logger) (*Worker, error) {
+	lo, hi := sa.Split(cfg.SPIFirst, cfg.SPILast, id, cfg.Workers)
+	spis, err := sa.NewSPIPool(lo, hi)
+	if err != nil {
+		return nil, fmt.Errorf("make SPI pool of worker %d: %w", id, err)
+	}
+	seal, err := newSealer(cfg.TokenKey)
+	if err != nil {
+		return nil, err
+	}
+	if len(cfg.NextHops) == 0 {
+		return nil, errors.New("make worker: no next hop towards the core")
+	}
+	w := &Worker{
+		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
+		mwPort: cfg.MwPort + uint16(id),
+		txs:    make(map[txKey]*regTx), newest: make(map[string]*regTx),
+		conns: make(map[ims.ConnID]*registrar.Set),
+		dials: make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
+		mwConn: make(map[netip.AddrPort]ims.ConnID), mwPeer: make(map[ims.ConnID]netip.AddrPort),
+		mwDial: make(map[netip.AddrPort]*dial), answer: make(map[netip.AddrPort]ims.ConnID),
+		names: newResolver(cfg.Hosts),
+	}
+	return w, nil
+}
+
+// Boot binds the worker to its event loop.
+func (w *Worker) Boot(eg Egress) {
+	w.eg = eg
+	w.wheel = wheel.New(wheelTick, eg.Now())
+	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Post, setObserver{w})
+	w.startHealth()
+}
+
+// Tick advances the timers.
+func (w *Worker) Tick(now time.Time) { w.wheel.Advance(now) }
+
+// Table gives tests and the admin side the UE contexts; use it on the loop only.
+func (w *Worker) Table() *registrar.Table { return w.table }
+
+// Message handles one complete SIP message. b may be modified; it is not kept.
+func (w *Worker) Message(f ims.Flow, b []byte) {
+	m := &w.m
+	if err := m.Scan(b); err != nil {
+		w.malformed(f, err)
+		return
+	}
+	class := uint8(0)
+	method := m.CSeqMethod()
+	if !m.IsRequest() {
+		class = uint8(m.Status() / 100)
+	}
+	w.obs.Message(observe.In, f.Side, f.Transport, method, class)
+	switch f.Side {
+	case ims.GmClear:
+		w.fromClear(f)
+	case ims.GmProtected:
+		w.fromProtected(f)
+	case ims.Mw:
+		w.fromCore(f)
+	}
+}
+
+// Bad is told of bytes that are no SIP message.
+func (w *Worker) Bad(_ ims.Flow, _ []byte, _ string) { w.obs.Drop(observe.ReasonFraming) }
+
+// Closed is told that a connection is gone. For a UE this is no de-registration: phones close connections when the
+// radio goes idle.
+func (w *Worker) Closed(c ims.ConnID, _ ims.Flow) {
+	if s := w.conns[c]; s != nil {
+		delete(w.conns, c)
+		if s.ConnIn == c {
+			s.ConnIn = 0
+		}
+		if s.ConnOut == c {
+			s.ConnOut = 0
+		}
+	}
+	if peer, ok := w.mwPeer[c]; ok {
+		delete(w.mwPeer, c)
+		if w.mwConn[peer] == c {
+			delete(w.mwConn, peer)
+		}
+		if w.answer[peer] == c {
+			delete(w.answer, peer)
+		}
+	}
+}
+
+// fromClear handles what arrives on the unprotected port: REGISTER, and nothing else (TS 33.203 §7.1).
+func (w *Worker) fromClear(f ims.Flow) {
+	m := &w.m
+	switch {
+	case !m.IsRequest():
+		w.obs.Drop(observe.ReasonUnprotectedResponse)
+	case m.Method() == sipmsg.MethodRegister:
+		w.register(f, nil)
+	case m.Method() == sipmsg.MethodAck || w.cfg.DropClear:
+		w.obs.Drop(observe.ReasonUnprotectedRequest)
+	default:
+		w.refuse(f, nil, 403, "Forbidden", "request other than REGISTER without a security association",
+			observe.ReasonUnprotectedRequest)
+	}
+}
+
+// fromProtected handles what arrives on a protected port. The ESP backend has authenticated the addresses and ports,
+// which name the SA and so the UE.
+func (w *Worker) fromProtected(f ims.Flow) {
+	s := w.table.Find(f)
+	if s == nil {
+		w.obs.Drop(observe.ReasonNoSA)
+		if f.Conn != 0 {
+			w.eg.CloseConn(f.Conn, true)
+		}
+		return
+	}
+	if f.Conn != 0 {
+		w.adopt(f, s)
+	}
+	m := &w.m
+	register := m.IsRequest() && m.Method() == sipmsg.MethodRegister
+	if s.Phase == sa.Temporary && !register {
+		w.obs.Drop(observe.ReasonTemporaryNonRegister)
+		return
+	}
+	switch {
+	case register:
+		w.register(f, s)
+	case m.IsRequest():
+		w.table.Touch(s)
+		w.requestFromUE(f, s)
+	default:
+		w.table.Touch(s)
+		w.answerFromUE(f, s)
+	}
+}
+
+// adopt notes which set a connection belongs to. Its 4-tuple is that of one SA, so there is one connection per
+// direction and set; a newer one replaces it.
+func (w *Worker) adopt(f ims.Flow, s *registrar.Set) {
+	slot := &s.ConnOut
+	if f.Local.Port() == s.Ports.PS {
+		slot = &s.ConnIn
+	}
+	if *slot == f.Conn {
+		return
+	}
+	if *slot != 0 {
+		delete(w.conns, *slot)
+	}
+	*slot = f.Conn
+	w.conns[f.Conn] = s
+}
+
+// fromCore handles what arrives on the Mw port.
+func (w *Worker) fromCore(f ims.Flow) {
+	w.alive(f.Remote)
+	if w.m.IsRequest() {
+		w.requestFromCore(f)
+		return
+	}
+	w.answerFromCore(f)
+}
+
+// channelOf says how a request of a UE came in.
+func channelOf(f ims.Flow, s *registrar.Set) channel {
+	switch {
+	case f.Conn == 0:
+		return byUDP
+	case f.Local.Port() == s.Ports.PS:
+		return byConnIn
+	}
+	return byConnOut
+}
+
+// mwAddr returns our Mw address of the family of the peer.
+func (w *Worker) mwAddr(peer netip.Addr) netip.AddrPort {
+	for _, a := range w.cfg.Mw {
+		if a.Is4() == peer.Is4() {
+			return netip.AddrPortFrom(a, w.mwPort)
+		}
+	}
+	return netip.AddrPortFrom(w.cfg.Mw[0], w.mwPort)
+}
+
+// setObserver passes what happens to SA sets on to the metrics.
+type setObserver struct{ w *Worker }
+
+func (o setObserver) Sets(p sa.Phase, delta int) {
+	switch p {
+	case sa.Reserved:
+		o.w.obs.Sets(observe.PhaseReserved, delta)
+	case sa.Temporary:
+		o.w.obs.Sets(observe.PhaseTemporary, delta)
+	case sa.Established:
+		o.w.obs.Sets(observe.PhaseEstablished, delta)
+	case sa.Old:
+		o.w.obs.Sets(observe.PhaseOld, delta)
+	case sa.Dead:
+	}
+}
+
+func (o setObserver) UEs(s registrar.State, delta int) {
+	switch s {
+	case registrar.Pending:
+		o.w.obs.UEs(delta, observe.UEPending)
+	case registrar.Registered:
+		o.w.obs.UEs(delta, observe.UERegistered)
+	case registrar.Deregistered:
+		o.w.obs.UEs(delta, observe.UEDeregistered)
+	}
+}
+
+func (o setObserver) AwaitAuthExpired() { o.w.obs.AwaitAuthExpired() }
+
+func (o setObserver) SetRemoved(s *registrar.Set) {
+	for _, c := range []ims.ConnID{s.ConnIn, s.ConnOut} {
+		if c != 0 {
+			delete(o.w.conns, c)
+			// Reset: the fixed ports would otherwise stay in TIME-WAIT, and a FIN could not leave without its SA.
+			o.w.eg.CloseConn(c, true)
+		}
+	}
+	s.ConnIn, s.ConnOut = 0, 0
+	if d := o.w.ueDial[s]; d != nil {
+		o.w.dialDone(d, 0, errNoSA)
+	}
+}

@@ -1,0 +1,622 @@
+// Package registrar keeps the UE contexts of one worker: which phone has which SA sets, which set is in use, and how
+// they come and go (TS 33.203 §7.2 and §7.4, TS 24.229 §5.2.2). It knows nothing of SIP syntax; package proxy reads and
+// writes the messages and calls it with what they mean.
+//
+// A Table belongs to one worker: all its methods, and all callbacks it makes, run on that worker's loop. The backend
+// answers on goroutines of its own; those answers come back through the Post function.
+package registrar
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/secagree"
+	"github.com/gmgate/gmgate/control/wheel"
+)
+
+// Errors of Check and Begin.
+var (
+	// ErrAddressConflict: the UE's address and protected client port, or one of its SPIs, belong to a live SA set of
+	// another IMPI (TS 33.203 §7.2).
+	ErrAddressConflict = errors.New("address and protected port are in use by another registration")
+	// ErrTooManySets: six SAs per direction exist already and none of them may be evicted (TS 33.203 §7.2).
+	ErrTooManySets = errors.New("too many SA sets for this UE")
+	// ErrNoPort: every protected port of ours is in use towards this UE.
+	ErrNoPort = errors.New("no protected port left towards this UE")
+	// ErrAborted: the set was dropped before the backend had installed it.
+	ErrAborted = errors.New("SA set dropped while being installed")
+)
+
+// MaxUEs is how many UE contexts one table can hold: flow tokens carry 24 bits of index.
+const MaxUEs = 1<<24 - 1
+
+// hardMargin is how much longer the backend keeps an SA than we do, as a backstop for a crash.
+const hardMargin = time.Minute
+
+// Config is the part of the configuration that rules SA sets. Times are real time.
+type Config struct {
+	ServerPorts []uint16      // port-ps, in order of preference
+	ClientPorts []uint16      // port-pc pool
+	AwaitAuth   time.Duration // life of a temporary set: reg-await-auth, TS 24.229 §7.8
+	OldSet      time.Duration // 64*T1: an old set after the new one was taken into use, TS 33.203 §7.4
+	MaxSets     int           // SA sets per UE context, TS 33.203 §7.2
+}
+
+// Observer is told of changes worth counting. Its methods run on the worker's loop and must not block.
+type Observer interface {
+	Sets(phase sa.Phase, delta int)
+	UEs(state State, delta int)
+	AwaitAuthExpired()
+	// SetRemoved is called when a set is dead: its connections must be closed.
+	SetRemoved(s *Set)
+}
+
+// State is the registration state of a UE context.
+type State uint8
+
+// States.
+const (
+	Pending      State = iota + 1 // never registered so far
+	Registered                    // a 200 with a positive expiry was received
+	Deregistered                  // only answers and REGISTER until the sets are gone
+)
+
+// UE is the context of one phone: one IMPI at one address. Fields are read by the worker that owns it.
+type UE struct {
+	Index uint32 // position in the table, never zero
+	Gen   uint16 // distinguishes the phones which had this index one after the other
+	IMPI  string
+	Addr  netip.Addr
+	Local netip.Addr
+
+	Sets    []*Set // reserved, temporary, established and old ones, oldest first
+	Current *Set   // carries requests to the UE; nil before the first 200
+
+	State        State
+	Identities   []string // P-Associated-URI, default public identity first
+	Asserted     []string // P-Asserted-Identity header rows, one per identity
+	ServiceRoute []string // URIs of Service-Route in order
+	ServiceHosts []string // hosts of these URIs
+	RouteRow     string   // Route header row that preloads the Service-Route
+	NextHop      ims.Hop  // where initial requests go; not valid until resolved
+	Contact      string   // Contact URI registered
+	Expires      time.Time
+
+	portTurn int // rotates through the port-pc pool
+}
+
+// Set is an SA set with what the SIP side remembers of its agreement.
+type Set struct {
+	sa.Params
+	UE     *UE
+	Phase  sa.Phase
+	Serial uint8 // distinguishes the live sets of one UE in flow tokens
+
+	Server     secagree.List // Security-Server as sent in SM6
+	ServerText string        // the same, byte for byte
+	Client     secagree.List // Security-Client of SM1
+	CallID     string        // of SM1
+	IMPU       string        // of SM1
+	Over       *Set          // the set which SM1 came over; nil: it came in clear
+	OverTCP    bool          // SM7 came over TCP: so do requests to the UE
+	Used       bool          // a message other than SM7 came in on it
+
+	Deadline time.Time
+	ConnIn   ims.ConnID // connection opened by the UE, uc to ps
+	ConnOut  ims.ConnID // connection opened by us, pc to us
+
+	timer    wheel.Timer
+	removing bool // told to go, waiting for its grace
+}
+
+// Live reports whether messages may use the set.
+func (s *Set) Live() bool { return s.Phase.Live() }
+
+type tuple struct {
+	ue, local     [16]byte
+	uePort, lport uint16
+}
+
+func tupleOf(local, ue netip.AddrPort) tuple {
+	return tuple{ue: ue.Addr().As16(), local: local.Addr().As16(), uePort: ue.Port(), lport: local.Port()}
+}
+
+type ueKey struct {
+	impi string
+	addr netip.Addr
+}
+
+// Table holds the UE contexts of one worker.
+type Table struct {
+	cfg       Config
+	worker    int
+	wheel     *wheel.Wheel
+	now       func() time.Time
+	installer sa.Installer
+	post      func(func()) error
+	obs       Observer
+
+	spis    *sa.SPIPool
+	ues     []*UE // by index; nil = free
+	gens    []uint16
+	free    []uint32
+	byKey   map[ueKey]*UE
+	byTuple map[tuple]*Set
+	byAddr  map[netip.Addr][]*Set
+	nextID  uint64
+}
+
+// New makes an empty table. worker makes set ids unique in the process, post runs a function on the worker's loop.
+func New(cfg Config, worker int, spis *sa.SPIPool, w *wheel.Wheel, now func() time.Time, inst sa.Installer,
+	post func(func()) error, obs Observer,
+) *Table {
+	return &Table{
+		cfg: cfg, worker: worker, wheel: w, now: now, installer: inst, post: post, obs: obs, spis: spis,
+		ues: make([]*UE, 1), gens: make([]uint16, 1),
+		byKey: make(map[ueKey]*UE), byTuple: make(map[tuple]*Set), byAddr: make(map[netip.Addr][]*Set),
+	}
+}
+
+// Find returns the live set whose inbound SA matches the flow of a message that came in on a protected port, or nil.
+// The backend has authenticated the tuple: the SA's selector binds it to the SA's keys.
+func (t *Table) Find(f ims.Flow) *Set {
+	s := t.byTuple[tupleOf(f.Local, f.Remote)]
+	if s == nil || !s.Phase.Live() {
+		return nil
+	}
+	return s
+}
+
+// Lookup returns the UE context with this index and generation, or nil when it is gone.
+func (t *Table) Lookup(index uint32, gen uint16) *UE {
+	if index == 0 || int(index) >= len(t.ues) || t.gens[index] != gen {
+		return nil
+	}
+	return t.ues[index]
+}
+
+// UEOf returns the context of an IMPI at an address, or nil.
+func (t *Table) UEOf(impi string, addr netip.Addr) *UE { return t.byKey[ueKey{impi, addr}] }
+
+// Set returns the live set of the UE with this serial, or nil.
+func (u *UE) Set(serial uint8) *Set {
+	for _, s := range u.Sets {
+		if s.Serial == serial && s.Live() {
+			return s
+		}
+	}
+	return nil
+}
+
+// UEs returns the number of UE contexts; Sets the number of sets that are not dead; SPIsInUse the SPIs taken.
+func (t *Table) UEs() int { return len(t.byKey) }
+
+// SPIsInUse returns the number of SPIs taken from the pool.
+func (t *Table) SPIsInUse() int { return t.spis.InUse() }
+
+// Offer is what the P-CSCF needs to begin an SA set.
+type Offer struct {
+	IMPI  string
+	Local netip.Addr // our Gm address which SM1 was sent to
+	UE    netip.Addr // source address of SM1
+	Over  *Set       // the set which SM1 came over; nil: in clear
+	SPIC  ims.SPI
+	SPIS  ims.SPI
+	PortC uint16
+	PortS uint16
+}
+
+// Check applies TS 33.203 §7.2 to an offer before it goes to the core: the pair of source address and protected client
+// port must not belong to another IMPI, and the UE must not hold too many sets.
+func (t *Table) Check(o *Offer) error {
+	for _, s := range t.byAddr[o.UE] {
+		if s.UE.IMPI == o.IMPI {
+			continue
+		}
+		if s.Ports.UC == o.PortC || s.Ports.US == o.PortS || s.Ports.UC == o.PortS || s.Ports.US == o.PortC {
+			return ErrAddressConflict
+		}
+		if spiClash(s, o) {
+			return ErrAddressConflict
+		}
+	}
+	if u := t.UEOf(o.IMPI, o.UE); u != nil {
+		kept := 0
+		for _, s := range u.Sets {
+			if s.Phase == sa.Established || s.Phase == sa.Old {
+				kept++
+				if spiClash(s, o) {
+					// The UE's inbound SAs are keyed by its own address and SPI: the backend can hold only one.
+					return ErrAddressConflict
+				}
+			}
+		}
+		if kept >= t.cfg.MaxSets {
+			return ErrTooManySets
+		}
+	}
+	return nil
+}
+
+func spiClash(s *Set, o *Offer) bool {
+	return s.SPIs.UC == o.SPIC || s.SPIs.US == o.SPIS || s.SPIs.UC == o.SPIS || s.SPIs.US == o.SPIC
+}
+
+// Begin makes a temporary set for an offer that the core has challenged: it drops the temporary sets which this UE
+// registration still has (TS 24.229 §5.2.2.2), takes SPIs and ports, and has the backend install the four SAs. done is
+// called on the loop once the backend has answered; with a nil error the set is Temporary and its reg-await-auth timer
+// runs. Begin itself fails without side effects on conflicts and exhausted pools.
+//
+// keys are copied by the backend; the set keeps them for the store.
+func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set, error) {
+	u := t.UEOf(o.IMPI, o.UE)
+	if u != nil {
+		for _, s := range slices.Clone(u.Sets) {
+			if s.Phase == sa.Temporary || s.Phase == sa.Reserved {
+				t.remove(s)
+			}
+		}
+		u = t.UEOf(o.IMPI, o.UE) // the context goes with its last set
+	}
+	if err := t.Check(o); err != nil {
+		return nil, err
+	}
+	ps, pc, err := t.pickPorts(u, o)
+	if err != nil {
+		return nil, err
+	}
+	spiC, err := t.spis.Take(o.SPIC, o.SPIS)
+	if err != nil {
+		return nil, err
+	}
+	spiS, err := t.spis.Take(o.SPIC, o.SPIS)
+	if err != nil {
+		t.spis.Free(spiC)
+		return nil, err
+	}
+	if u == nil {
+		if u = t.add(o); u == nil {
+			t.spis.Free(spiC)
+			t.spis.Free(spiS)
+			return nil, ErrTooManySets
+		}
+	}
+	t.nextID++
+	s := &Set{
+		UE: u, Phase: sa.Reserved, Serial: u.freeSerial(), Over: o.Over,
+		Params: sa.Params{
+			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
+			Local: o.Local, UE: o.UE,
+			Ports: ims.Ports{UC: o.PortC, US: o.PortS, PC: pc, PS: ps},
+			SPIs:  ims.SPIs{UC: o.SPIC, US: o.SPIS, PC: spiC, PS: spiS},
+			Keys:  keys, Hard: t.cfg.AwaitAuth + hardMargin,
+		},
+	}
+	u.Sets = append(u.Sets, s)
+	t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
+	t.byAddr[o.UE] = append(t.byAddr[o.UE], s)
+	t.obs.Sets(sa.Reserved, 1)
+	t.installer.Install(s.Params, func(err error) {
+		t.onLoop(func() { t.installed(s, err, done) })
+	})
+	return s, nil
+}
+
+// onLoop runs f on the worker's loop. A loop that is gone has no state left to keep right.
+func (t *Table) onLoop(f func()) { _ = t.post(f) }
+
+func (t *Table) installed(s *Set, err error, done func(*Set, error)) {
+	switch {
+	case s.Phase == sa.Dead: // dropped meanwhile; remove left the backend's part to us
+		if err == nil {
+			t.uninstall(s)
+		} else {
+			t.freeSPIs(s)
+		}
+		done(s, ErrAborted)
+	case err != nil:
+		t.unlink(s)
+		t.freeSPIs(s)
+		done(s, fmt.Errorf("install SA set: %w", err))
+	default:
+		t.phase(s, sa.Temporary)
+		t.arm(s, t.cfg.AwaitAuth)
+		done(s, nil)
+	}
+}
+
+// pickPorts chooses port-ps and port-pc. Server ports stay through re-registrations (TS 33.203 §7.1); a phone which
+// starts over in clear while its old set lives gets another server port, so that both sets have distinct selectors.
+// port-pc differs from those of every live set towards that address.
+func (t *Table) pickPorts(u *UE, o *Offer) (ps, pc uint16, err error) {
+	candidates := t.cfg.ServerPorts
+	if o.Over != nil { // a phone that reuses its client port as well still gets a set, on another server port
+		candidates = append([]uint16{o.Over.Ports.PS}, candidates...)
+	}
+	free := func(ue, local uint16) bool {
+		_, taken := t.byTuple[tupleOf(netip.AddrPortFrom(o.Local, local), netip.AddrPortFrom(o.UE, ue))]
+		return !taken
+	}
+	for _, p := range candidates {
+		if free(o.PortC, p) && free(o.PortS, p) {
+			ps = p
+			break
+		}
+	}
+	if ps == 0 {
+		return 0, 0, ErrNoPort
+	}
+	turn := 0
+	if u != nil {
+		turn = u.portTurn
+	}
+	for i := range t.cfg.ClientPorts {
+		p := t.cfg.ClientPorts[(turn+i)%len(t.cfg.ClientPorts)]
+		inUse := slices.ContainsFunc(t.byAddr[o.UE], func(s *Set) bool { return s.UE == u && s.Ports.PC == p })
+		if !inUse && free(o.PortS, p) && free(o.PortC, p) {
+			if u != nil {
+				u.portTurn = (turn + i + 1) % len(t.cfg.ClientPorts)
+			}
+			return ps, p, nil
+		}
+	}
+	return 0, 0, ErrNoPort
+}
+
+func (t *Table) add(o *Offer) *UE {
+	var index uint32
+	switch n := len(t.free); {
+	case n > 0:
+		index, t.free = t.free[n-1], t.free[:n-1]
+	case len(t.ues) <= MaxUEs:
+		index = uint32(len(t.ues))
+		t.ues, t.gens = append(t.ues, nil), append(t.gens, 0)
+	default:
+		return nil
+	}
+	u := &UE{State: Pending, Index: index, Gen: t.gens[index], IMPI: o.IMPI, Addr: o.UE, Local: o.Local}
+	t.ues[index] = u
+	t.byKey[ueKey{u.IMPI, u.Addr}] = u
+	t.obs.UEs(Pending, 1)
+	return u
+}
+
+// freeSerial returns a serial that no set of the UE bears.
+func (u *UE) freeSerial() uint8 {
+	var next uint8 = 1
+	if n := len(u.Sets); n > 0 {
+		next = u.Sets[n-1].Serial + 1
+	}
+	for slices.ContainsFunc(u.Sets, func(s *Set) bool { return s.Serial == next }) {
+		next++
+	}
+	return next
+}
+
+func (s *Set) tupleA() tuple {
+	return tupleOf(netip.AddrPortFrom(s.Params.Local, s.Ports.PS), netip.AddrPortFrom(s.Params.UE, s.Ports.UC))
+}
+
+func (s *Set) tupleB() tuple {
+	return tupleOf(netip.AddrPortFrom(s.Params.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US))
+}
+
+// Confirm turns a temporary set into the established one after the 200 to SM7 (TS 24.229 §5.2.2.2). When SM1 had come
+// over another set, that one becomes old and goes on carrying requests to the UE until the new one is used; every other
+// set of the UE goes. When SM1 had come in clear the new set is used at once. life is the registration's expiry plus the
+// margin; a longer life of the set before wins.
+func (t *Table) Confirm(s *Set, life time.Duration) {
+	u := s.UE
+	t.state(u, Registered)
+	if s.Phase != sa.Temporary {
+		t.Refresh(s, life)
+		return
+	}
+	prev := s.Over
+	if prev != nil && (prev.Phase != sa.Established && prev.Phase != sa.Old || prev.removing) {
+		prev = nil
+	}
+	for _, o := range slices.Clone(u.Sets) {
+		if o != s && o != prev {
+			t.remove(o)
+		}
+	}
+	if prev != nil {
+		life = max(life, prev.Deadline.Sub(t.now()))
+	}
+	t.phase(s, sa.Established)
+	t.extend(s, life)
+	if prev == nil {
+		u.Current = s
+		return
+	}
+	if prev.Phase == sa.Established {
+		t.phase(prev, sa.Old)
+	}
+	u.Current = prev
+	t.armOld(prev)
+}
+
+// armOld lets an old set which is still in use hand over to the new one when less than 64*T1 of its life is left.
+func (t *Table) armOld(s *Set) {
+	if left := s.Deadline.Sub(t.now()) - t.cfg.OldSet; left > 0 {
+		t.wheel.Schedule(&s.timer, left, func() { t.handOver(s.UE) })
+		return
+	}
+	t.handOver(s.UE)
+}
+
+// handOver takes the newest established set into use; older ones live for 64*T1 at most from now.
+func (t *Table) handOver(u *UE) {
+	for _, s := range slices.Backward(u.Sets) {
+		if s.Phase == sa.Established {
+			u.Current = s
+			break
+		}
+	}
+	for _, s := range u.Sets {
+		if s.Phase == sa.Old && s != u.Current {
+			t.arm(s, min(s.Deadline.Sub(t.now()), t.cfg.OldSet))
+		}
+	}
+}
+
+// Touch notes that an authenticated message other than SM7 came in on the set: a newly established set is taken into
+// use by it (TS 33.203 §7.4).
+func (t *Table) Touch(s *Set) {
+	if s.Used {
+		return
+	}
+	s.Used = true
+	if s.Phase == sa.Established && s.UE.Current != s {
+		t.handOver(s.UE)
+	}
+}
+
+// Refresh moves the lifetime of an established set after a re-registration that was not challenged. It never shortens.
+func (t *Table) Refresh(s *Set, life time.Duration) {
+	t.state(s.UE, Registered)
+	if s.Phase != sa.Established && s.Phase != sa.Old {
+		return
+	}
+	s.removing = false
+	t.extend(s, max(life, s.Deadline.Sub(t.now())))
+	if s.Phase == sa.Old {
+		if s.UE.Current == s {
+			t.armOld(s)
+		} else {
+			t.arm(s, min(life, t.cfg.OldSet))
+		}
+	}
+}
+
+// extend sets the life of a set here and the backstop in the backend.
+func (t *Table) extend(s *Set, life time.Duration) {
+	t.arm(s, life)
+	s.Hard = life + hardMargin
+	t.installer.Extend(s.Params, s.Hard, func(err error) {
+		if err != nil {
+			// The backend no longer knows the set: nothing can be sent or received over it, so it must not be used.
+			t.onLoop(func() { t.remove(s) })
+		}
+	})
+}
+
+func (t *Table) arm(s *Set, life time.Duration) {
+	life = max(life, 0)
+	s.Deadline = t.now().Add(life)
+	t.wheel.Schedule(&s.timer, life, func() { t.expire(s) })
+}
+
+func (t *Table) expire(s *Set) {
+	if s.Phase == sa.Temporary && !s.removing {
+		t.obs.AwaitAuthExpired()
+	}
+	t.remove(s)
+}
+
+// Drop lets a set go after a grace, so that an answer which is on its way still gets out over it. The set gets no new
+// requests meanwhile.
+func (t *Table) Drop(s *Set, grace time.Duration) {
+	if s.Phase == sa.Dead || s.removing {
+		return
+	}
+	s.removing = true
+	t.arm(s, grace)
+}
+
+// Deregister ends the registration: the sets stay for the grace so that answers and NOTIFY requests still reach the UE
+// (TS 24.229 §5.2.5.1), then they go.
+func (t *Table) Deregister(u *UE, grace time.Duration) {
+	t.state(u, Deregistered)
+	for _, s := range u.Sets {
+		if s.Phase != sa.Reserved {
+			t.Drop(s, min(grace, max(0, s.Deadline.Sub(t.now()))))
+		}
+	}
+}
+
+// remove ends a set now.
+func (t *Table) remove(s *Set) {
+	if s.Phase == sa.Dead {
+		return
+	}
+	reserved := s.Phase == sa.Reserved
+	t.unlink(s)
+	if !reserved { // a reserved one is taken out when the backend has answered
+		t.uninstall(s)
+	}
+}
+
+// uninstall takes the SAs out of the backend; the SPIs come free only afterwards.
+func (t *Table) uninstall(s *Set) {
+	t.installer.Remove(s.Params, func(error) {
+		t.onLoop(func() { t.freeSPIs(s) })
+	})
+}
+
+func (t *Table) freeSPIs(s *Set) {
+	t.spis.Free(s.SPIs.PC)
+	t.spis.Free(s.SPIs.PS)
+	s.Keys.Zero()
+}
+
+// unlink takes a set out of every index and the UE with its last set.
+func (t *Table) unlink(s *Set) {
+	t.wheel.Stop(&s.timer)
+	t.phase(s, sa.Dead)
+	delete(t.byTuple, s.tupleA())
+	delete(t.byTuple, s.tupleB())
+	if rest := slices.DeleteFunc(t.byAddr[s.Params.UE], func(o *Set) bool { return o == s }); len(rest) > 0 {
+		t.byAddr[s.Params.UE] = rest
+	} else {
+		delete(t.byAddr, s.Params.UE)
+	}
+	u := s.UE
+	u.Sets = slices.DeleteFunc(u.Sets, func(o *Set) bool { return o == s })
+	for _, o := range u.Sets { // no dangling references to a dead set
+		if o.Over == s {
+			o.Over = nil
+		}
+	}
+	if u.Current == s {
+		u.Current = nil
+		t.handOver(u)
+	}
+	t.obs.SetRemoved(s)
+	if len(u.Sets) == 0 {
+		delete(t.byKey, ueKey{u.IMPI, u.Addr})
+		t.ues[u.Index] = nil
+		t.gens[u.Index]++
+		t.free = append(t.free, u.Index)
+		t.obs.UEs(u.State, -1)
+	}
+}
+
+func (t *Table) state(u *UE, st State) {
+	t.obs.UEs(u.State, -1)
+	t.obs.UEs(st, 1)
+	u.State = st
+}
+
+func (t *Table) phase(s *Set, p sa.Phase) {
+	t.obs.Sets(s.Phase, -1)
+	if p != sa.Dead {
+		t.obs.Sets(p, 1)
+	}
+	s.Phase = p
+}
+
+// Each calls f for every UE context, in no order, until it returns false.
+func (t *Table) Each(f func(*UE) bool) {
+	for _, u := range t.byKey {
+		if !f(u) {
+			return
+		}
+	}
+}
