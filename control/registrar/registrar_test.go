@@ -1,0 +1,396 @@
+package registrar
+
+import (
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/sa/satest"
+	"github.com/gmgate/gmgate/control/wheel"
+)
+
+const (
+	tick  = 10 * time.Millisecond
+	await = 4 * time.Minute
+	old   = 128 * time.Second
+)
+
+var (
+	gm  = netip.MustParseAddr("10.0.0.5")
+	ue1 = netip.MustParseAddr("10.45.0.7")
+	ue2 = netip.MustParseAddr("10.45.0.8")
+)
+
+// bench is a table with a fake backend, and time that the test moves.
+type bench struct {
+	t       *testing.T
+	table   *Table
+	backend satest.Backend
+	wheel   *wheel.Wheel
+	now     time.Time
+	spis    *sa.SPIPool
+
+	sets    map[sa.Phase]int
+	ues     map[State]int
+	expired int
+	gone    []*Set
+}
+
+func (b *bench) Sets(p sa.Phase, d int) { b.sets[p] += d }
+func (b *bench) UEs(s State, d int)     { b.ues[s] += d }
+func (b *bench) AwaitAuthExpired()      { b.expired++ }
+func (b *bench) SetRemoved(s *Set)      { b.gone = append(b.gone, s) }
+func (b *bench) post(f func()) error    { f(); return nil }
+func (b *bench) clock() time.Time       { return b.now }
+func (b *bench) tuples(s *Set) ims.Flow { return flow(s.Ports.UC, s.Ports.PS) }
+func flow(ue, local uint16) ims.Flow    { return flowOf(ue1, ue, local) }
+func (b *bench) advance(d time.Duration) {
+	for end := b.now.Add(d); b.now.Before(end); {
+		b.now = b.now.Add(min(time.Second, end.Sub(b.now)))
+		b.wheel.Advance(b.now)
+		b.backend.Answer()
+	}
+}
+
+func flowOf(ue netip.Addr, port, local uint16) ims.Flow {
+	return ims.Flow{
+		Local: netip.AddrPortFrom(gm, local), Remote: netip.AddrPortFrom(ue, port),
+		Transport: ims.UDP, Side: ims.GmProtected,
+	}
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	b := &bench{
+		t: t, now: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC),
+		sets: make(map[sa.Phase]int), ues: make(map[State]int),
+	}
+	b.wheel = wheel.New(tick, b.now)
+	var err error
+	if b.spis, err = sa.NewSPIPool(1<<28, 1<<29); err != nil {
+		t.Fatal(err)
+	}
+	b.table = New(Config{
+		ServerPorts: []uint16{6100, 6101}, ClientPorts: []uint16{6110, 6111, 6112, 6113},
+		AwaitAuth: await, OldSet: old, MaxSets: 3,
+	}, 0, b.spis, b.wheel, b.clock, &b.backend, b.post, b)
+	return b
+}
+
+func offer(n int) *Offer {
+	return &Offer{
+		IMPI: "user1@ims", Local: gm, UE: ue1,
+		SPIC: ims.SPI(1000 + 2*n), SPIS: ims.SPI(1001 + 2*n), PortC: uint16(6300 + n), PortS: 6200,
+	}
+}
+
+// begin starts a set and lets the backend acknowledge it.
+func (b *bench) begin(o *Offer) *Set {
+	b.t.Helper()
+	var got error
+	answered := false
+	s, err := b.table.Begin(o, ims.ESPKeys{}, func(_ *Set, err error) { got, answered = err, true })
+	if err != nil {
+		b.t.Fatalf("Begin: %v", err)
+	}
+	if s.Phase != sa.Reserved || b.table.Find(b.tuples(s)) != nil {
+		b.t.Fatalf("before the backend's answer the set is %v", s.Phase)
+	}
+	b.backend.Answer()
+	if !answered || got != nil || s.Phase != sa.Temporary {
+		b.t.Fatalf("answered %v, error %v, phase %v", answered, got, s.Phase)
+	}
+	return s
+}
+
+// empty checks that nothing is left anywhere.
+func (b *bench) empty() {
+	b.t.Helper()
+	b.backend.Answer()
+	if n := b.backend.Count(); n != 0 {
+		b.t.Errorf("%d SAs left in the backend", n)
+	}
+	if n := b.spis.InUse(); n != 0 {
+		b.t.Errorf("%d SPIs left in use", n)
+	}
+	if b.table.UEs() != 0 || len(b.table.byTuple) != 0 || len(b.table.byAddr) != 0 || b.wheel.Len() != 0 {
+		b.t.Errorf("left: %d UE contexts, %d tuples, %d addresses, %d timers",
+			b.table.UEs(), len(b.table.byTuple), len(b.table.byAddr), b.wheel.Len())
+	}
+	for p, n := range b.sets {
+		if n != 0 && p != 0 {
+			b.t.Errorf("gauge of %v sets is %d", p, n)
+		}
+	}
+	for s, n := range b.ues {
+		if n != 0 {
+			b.t.Errorf("gauge of UEs in state %v is %d", s, n)
+		}
+	}
+}
+
+// TS 33.203 §7.2: the set comes into being with the 401, is confirmed by the 200, used at once, and ends with its
+// lifetime.
+func TestInitialRegistration(t *testing.T) {
+	b := newBench(t)
+	s := b.begin(offer(0))
+	if b.table.Find(flow(6300, 6100)) != s || b.table.Find(flow(6200, s.Ports.PC)) != s {
+		t.Fatal("the set is not found by its inbound SAs")
+	}
+	for _, f := range []ims.Flow{flow(6300, s.Ports.PC), flow(6200, 6100), flow(6301, 6100), flowOf(ue2, 6300, 6100)} {
+		if b.table.Find(f) != nil {
+			t.Errorf("a set is found for %v", f)
+		}
+	}
+	b.table.Confirm(s, time.Hour)
+	if s.Phase != sa.Established || s.UE.Current != s || s.UE.State != Registered {
+		t.Fatalf("confirmed: phase %v, current %v, state %v", s.Phase, s.UE.Current == s, s.UE.State)
+	}
+	u := s.UE
+	if b.table.Lookup(u.Index, u.Gen) != u || b.table.Lookup(u.Index, u.Gen+1) != nil || b.table.Lookup(0, 0) != nil {
+		t.Error("lookup by index and generation")
+	}
+	b.advance(time.Hour - time.Second)
+	if s.Phase != sa.Established {
+		t.Fatalf("a second before its end the set is %v", s.Phase)
+	}
+	b.advance(2 * time.Second)
+	if s.Phase != sa.Dead || b.table.Lookup(u.Index, u.Gen) != nil {
+		t.Errorf("after its lifetime the set is %v", s.Phase)
+	}
+	b.empty()
+}
+
+// R6.11: an authentication that never comes leaves nothing behind.
+func TestAwaitAuth(t *testing.T) {
+	b := newBench(t)
+	s := b.begin(offer(0))
+	b.advance(await + time.Second)
+	if s.Phase != sa.Dead || b.expired != 1 {
+		t.Errorf("phase %v, %d expired", s.Phase, b.expired)
+	}
+	b.empty()
+}
+
+// R5.29f: what the backend refuses leaves nothing behind.
+func TestInstallFails(t *testing.T) {
+	b := newBench(t)
+	refusal := errors.New("no buffer space")
+	b.backend.Fail = func(sa.Params) error { return refusal }
+	var got error
+	if _, err := b.table.Begin(offer(0), ims.ESPKeys{}, func(_ *Set, err error) { got = err }); err != nil {
+		t.Fatal(err)
+	}
+	b.backend.Answer()
+	if !errors.Is(got, refusal) {
+		t.Errorf("error %v", got)
+	}
+	b.empty()
+}
+
+// A set that is dropped while the backend works on it is taken out when the answer comes.
+func TestDroppedWhileInstalling(t *testing.T) {
+	b := newBench(t)
+	var first error
+	if _, err := b.table.Begin(offer(0), ims.ESPKeys{}, func(_ *Set, err error) { first = err }); err != nil {
+		t.Fatal(err)
+	}
+	s := b.begin(offer(1)) // replaces it; the backend answers both
+	if !errors.Is(first, ErrAborted) {
+		t.Errorf("first: %v", first)
+	}
+	if b.backend.Count() != 4 || b.spis.InUse() != 2 {
+		t.Errorf("%d SAs and %d SPIs", b.backend.Count(), b.spis.InUse())
+	}
+	b.table.Drop(s, 0)
+	b.advance(time.Second)
+	b.empty()
+}
+
+// R6.3, R6.5: after a re-authentication the old set carries requests until the new one is used, then it has 64*T1 left.
+func TestReauthentication(t *testing.T) {
+	b := newBench(t)
+	s1 := b.begin(offer(0))
+	b.table.Confirm(s1, time.Hour)
+	o := offer(1)
+	o.Over = s1
+	s2 := b.begin(o)
+	if s2.Ports.PS != s1.Ports.PS || s2.Ports.PC == s1.Ports.PC {
+		t.Fatalf("ports of the sets: %+v and %+v", s1.Ports, s2.Ports) // R1.5, R1.6
+	}
+	b.table.Touch(s1)
+	b.table.Confirm(s2, time.Hour)
+	u := s1.UE
+	if s1.Phase != sa.Old || s2.Phase != sa.Established || u.Current != s1 {
+		t.Fatalf("after the 200: %v, %v, current is the old one: %v", s1.Phase, s2.Phase, u.Current == s1)
+	}
+	b.advance(10 * time.Second)
+	b.table.Touch(s2)
+	if u.Current != s2 {
+		t.Fatal("the new set is not in use after its first message")
+	}
+	b.table.Touch(s1) // R6.7: nothing changes
+	if u.Current != s2 {
+		t.Fatal("a message on the old set took it into use again")
+	}
+	b.advance(old - 2*time.Second)
+	if s1.Phase != sa.Old {
+		t.Fatalf("before 64*T1 the old set is %v", s1.Phase)
+	}
+	b.advance(3 * time.Second)
+	if s1.Phase != sa.Dead || s2.Phase != sa.Established || b.backend.Count() != 4 {
+		t.Fatalf("after 64*T1: %v, %v, %d SAs", s1.Phase, s2.Phase, b.backend.Count())
+	}
+	b.advance(time.Hour)
+	b.empty()
+}
+
+// R6.6: an unused new set is taken into use when the old one has less than 64*T1 left.
+func TestHandOverByTime(t *testing.T) {
+	b := newBench(t)
+	s1 := b.begin(offer(0))
+	b.table.Confirm(s1, 10*time.Minute)
+	o := offer(1)
+	o.Over = s1
+	s2 := b.begin(o)
+	b.table.Confirm(s2, time.Hour)
+	b.advance(10*time.Minute - old - time.Second)
+	if s1.UE.Current != s1 {
+		t.Fatal("handed over too early")
+	}
+	b.advance(2 * time.Second)
+	if s1.UE.Current != s2 || s1.Phase != sa.Old {
+		t.Fatalf("not handed over: old set is %v", s1.Phase)
+	}
+	b.advance(old)
+	if s1.Phase != sa.Dead {
+		t.Errorf("old set is %v", s1.Phase)
+	}
+	// R5.30a: the new set inherits the longer life.
+	if left := s2.Deadline.Sub(b.now); left < 45*time.Minute {
+		t.Errorf("new set has %v left", left)
+	}
+}
+
+// R6.14: a re-authentication that fails leaves the old set in use.
+func TestFailedReauthentication(t *testing.T) {
+	b := newBench(t)
+	s1 := b.begin(offer(0))
+	b.table.Confirm(s1, time.Hour)
+	o := offer(1)
+	o.Over = s1
+	s2 := b.begin(o)
+	b.table.Drop(s2, 4*time.Second)
+	b.advance(5 * time.Second)
+	if s2.Phase != sa.Dead || s1.Phase != sa.Established || s1.UE.Current != s1 {
+		t.Errorf("phases %v and %v", s1.Phase, s2.Phase)
+	}
+}
+
+// R6.9: a re-registration without a challenge moves the lifetime only, and never shortens it.
+func TestRefresh(t *testing.T) {
+	b := newBench(t)
+	s := b.begin(offer(0))
+	b.table.Confirm(s, time.Hour)
+	spis := s.SPIs
+	b.advance(30 * time.Minute)
+	b.table.Refresh(s, time.Hour)
+	b.advance(45 * time.Minute)
+	if s.Phase != sa.Established || s.SPIs != spis || b.backend.Count() != 4 {
+		t.Fatalf("phase %v", s.Phase)
+	}
+	b.table.Refresh(s, time.Second)
+	b.advance(10 * time.Minute)
+	if s.Phase != sa.Established {
+		t.Error("a refresh shortened the life")
+	}
+	if n := len(b.backend.Extended); n != 3 || b.backend.Extended[n-1].Hard <= 0 {
+		t.Errorf("backstop moved %d times", n)
+	}
+}
+
+// R6.4, R6.15: a phone that starts over in clear with the same ports gets a second set beside the first, which goes only
+// with the 200.
+func TestReboot(t *testing.T) {
+	b := newBench(t)
+	s1 := b.begin(offer(0))
+	b.table.Confirm(s1, time.Hour)
+	o := offer(0)
+	o.SPIC, o.SPIS = 5000, 5001
+	s2 := b.begin(o)
+	if s2.Ports.PS == s1.Ports.PS || s2.Ports.PC == s1.Ports.PC || s1.Phase != sa.Established {
+		t.Fatalf("ports %+v and %+v, first set %v", s1.Ports, s2.Ports, s1.Phase)
+	}
+	b.table.Confirm(s2, time.Hour)
+	b.backend.Answer()
+	if s1.Phase != sa.Dead || s2.UE.Current != s2 || b.backend.Count() != 4 {
+		t.Errorf("first set %v, %d SAs", s1.Phase, b.backend.Count())
+	}
+}
+
+// R1.7, E6: what another phone has is not taken.
+func TestConflicts(t *testing.T) {
+	b := newBench(t)
+	s := b.begin(offer(0))
+	b.table.Confirm(s, time.Hour)
+	for name, change := range map[string]func(*Offer){
+		"port-c":               func(o *Offer) {},
+		"port-c is its port-s": func(o *Offer) { o.PortC, o.PortS = 6200, 6999 },
+		"spi":                  func(o *Offer) { o.PortC, o.PortS, o.SPIS = 7000, 7001, 1000 },
+	} {
+		o := offer(0)
+		o.IMPI, o.SPIC, o.SPIS = "other@ims", 9000, 9001
+		change(o)
+		if err := b.table.Check(o); !errors.Is(err, ErrAddressConflict) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	o := offer(9)
+	o.IMPI, o.PortS = "other@ims", 6201
+	if err := b.table.Check(o); err != nil { // two phones behind one address
+		t.Errorf("other ports: %v", err)
+	}
+	o = offer(0)
+	o.IMPI, o.UE = "other@ims", ue2
+	if err := b.table.Check(o); err != nil {
+		t.Errorf("other address: %v", err)
+	}
+	o = offer(0) // the same phone with an SPI of its live set
+	if err := b.table.Check(o); !errors.Is(err, ErrAddressConflict) {
+		t.Errorf("SPI of its own live set: %v", err)
+	}
+}
+
+// R6.12: after a de-registration the sets stay for answers, then everything goes.
+func TestDeregister(t *testing.T) {
+	b := newBench(t)
+	s := b.begin(offer(0))
+	b.table.Confirm(s, time.Hour)
+	b.table.Deregister(s.UE, old)
+	if !s.Live() || s.UE.State != Deregistered {
+		t.Fatalf("set %v, state %v", s.Phase, s.UE.State)
+	}
+	b.advance(old + time.Second)
+	if s.Phase != sa.Dead || len(b.gone) != 1 {
+		t.Errorf("set %v", s.Phase)
+	}
+	b.empty()
+}
+
+// A generation later the index of a UE context means another phone.
+func TestGenerations(t *testing.T) {
+	b := newBench(t)
+	s1 := b.begin(offer(0))
+	index, gen := s1.UE.Index, s1.UE.Gen
+	b.table.Drop(s1, 0)
+	b.advance(time.Second)
+	o := offer(0)
+	o.IMPI = "user2@ims"
+	s2 := b.begin(o)
+	if s2.UE.Index != index || b.table.Lookup(index, gen) != nil || b.table.Lookup(index, s2.UE.Gen) != s2.UE {
+		t.Error("an old token reaches the new phone")
+	}
+}
