@@ -139,6 +139,9 @@ func (w *Worker) popRoutes() routes {
 
 // putRest writes the remaining Route entries as rows into the open splice.
 func (w *Worker) putRest(r *routes) {
+	if !r.more {
+		return
+	}
 	for _, row := range w.m.Rows() {
 		if row.ID != sipmsg.Route || int(row.ValEnd) <= r.rest {
 			continue

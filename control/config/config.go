@@ -1,0 +1,264 @@
+// Package config is gmgate's configuration: one struct tree, its defaults, and a reader for the one YAML file that
+// operators write.
+//
+// The reader is strict and tells everything at once: unknown keys, wrong types, bad values and values that contradict
+// each other are all collected, each with line, column and path (Errors). Only a file that is not YAML at all stops at
+// its first fault. Keys that are not in the file keep the value of Default.
+//
+// Invariants: a Config that Parse or Load returned without error is complete and consistent, so nobody needs to check
+// it again; one that was put together in code is checked by Validate, which knows the same rules. The keys, their
+// documentation, how they are read and how they are written stand in one table (schema.go); the example file is
+// generated from it.
+//
+// Concurrency: a Config is plain data, not to be changed once it is in use.
+//
+// The rules come from TS 33.203 §7.1 (protected ports), RFC 4303 §2.1 (SPIs), TS 33.203 Annex H (algorithm pairs) and
+// RFC 3261 §18.1.1 (message sizes).
+package config
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"runtime"
+	"time"
+
+	"github.com/gmgate/gmgate/control/ims"
+)
+
+// Config is the whole configuration. Fields are named after the keys of the file.
+type Config struct {
+	Instance string
+	Workers  int
+	Gm       Gm
+	Security Security
+	Mw       Mw
+	Timers   Timers
+	ESP      ESP
+	Metrics  Metrics
+	Log      Log
+}
+
+// Gm is the side of the UEs.
+type Gm struct {
+	Addresses     []netip.Addr
+	Port          uint16   // unprotected
+	ServerPorts   []uint16 // port-ps
+	ClientPorts   []uint16 // port-pc
+	MaxMessage    int
+	UDPLimit      int
+	ClearRequests ClearRequests
+	TCP           TCP
+}
+
+// TCP holds the limits of TCP connections.
+type TCP struct {
+	MaxConnections int
+	IdleTimeout    time.Duration
+	DialTimeout    time.Duration
+	MaxSegment     int
+}
+
+// Security is the agreement with the UEs (RFC 3329) and the SA sets.
+type Security struct {
+	Algorithms        []ims.Suite // in the order of preference; Suites applies DisableDeprecated
+	DisableDeprecated bool
+	SecurityServer    SecurityServer
+	NoCommonAlgorithm int // SIP status
+	VerifyMismatch    int // SIP status
+	AddressConflict   int // SIP status
+	SPI               SPIRange
+	MaxSetsPerUE      int
+}
+
+// SPIRange is the range of SPIs that we give out, both ends included.
+type SPIRange struct{ First, Last ims.SPI }
+
+// Mw is the side of the core.
+type Mw struct {
+	Addresses                []netip.Addr
+	Port                     uint16        // of worker 0; worker k has Port+k
+	Transport                ims.Transport // towards next hops that do not name one
+	NextHops                 []NextHop
+	Hosts                    map[string]netip.Addr // names in lower case
+	Peers                    []netip.Prefix
+	VisitedNetwork           string
+	PathHost                 string // empty: the Mw address
+	IntegrityProtectedClear  IntegrityClear
+	IntegrityProtectedQuoted bool
+	OrigIOI                  string
+	RegisterTimeout          time.Duration
+	HealthInterval           time.Duration // zero: off
+}
+
+// NextHop is an entry point of the core.
+type NextHop struct {
+	Host      string // as configured: an address or a name of Mw.Hosts
+	Addr      netip.AddrPort
+	Transport ims.Transport
+}
+
+// Timers are the timers of registrations and SA sets.
+type Timers struct {
+	RegAwaitAuth   time.Duration
+	LifetimeMargin time.Duration
+	OldSet         time.Duration
+}
+
+// ESP is the ESP backend.
+type ESP struct {
+	Backend      Backend
+	ReplayWindow int
+	TunMTU       int
+}
+
+// Metrics is the HTTP listener for /metrics.
+type Metrics struct {
+	Listen netip.AddrPort // the zero value: none
+	Pprof  bool
+}
+
+// Log is the logger.
+type Log struct {
+	Level  slog.Level
+	Format Format
+}
+
+// ClearRequests says what happens to requests other than REGISTER on the unprotected port.
+type ClearRequests string
+
+// Values of ClearRequests.
+const (
+	ClearReject ClearRequests = "reject" // answer 403
+	ClearDrop   ClearRequests = "drop"
+)
+
+// SecurityServer says what the Security-Server header of the 401 lists.
+type SecurityServer string
+
+// Values of SecurityServer.
+const (
+	ServerChosen SecurityServer = "chosen" // the chosen mechanism only
+	ServerList   SecurityServer = "list"   // all mechanisms, strongest first
+)
+
+// IntegrityClear says what integrity-protected is in a REGISTER that arrived in clear (TS 24.229 §5.2.2).
+type IntegrityClear string
+
+// Values of IntegrityClear.
+const (
+	IntegrityNo     IntegrityClear = "no"
+	IntegrityAbsent IntegrityClear = "absent" // the parameter is left out
+)
+
+// Backend is an ESP implementation.
+type Backend string
+
+// Values of Backend.
+const (
+	BackendAuto      Backend = "auto" // the kernel if it has ESP, otherwise user space
+	BackendXFRM      Backend = "xfrm"
+	BackendUserspace Backend = "userspace"
+)
+
+// Format is the form of log lines.
+type Format string
+
+// Values of Format.
+const (
+	FormatText Format = "text"
+	FormatJSON Format = "json"
+)
+
+// Default returns the configuration of an empty file. It is not valid yet: gm.addresses, mw.addresses and mw.next_hops
+// have no default.
+func Default() *Config {
+	instance, err := os.Hostname()
+	if err != nil || !validInstance(instance) {
+		instance = "gmgate"
+	}
+	return &Config{
+		Instance: instance,
+		Gm: Gm{
+			Port:          5060,
+			ServerPorts:   []uint16{6100, 6101},
+			ClientPorts:   []uint16{6110, 6111, 6112, 6113},
+			MaxMessage:    65535,
+			UDPLimit:      1300,
+			ClearRequests: ClearReject,
+			TCP:           TCP{MaxConnections: 20000, IdleTimeout: time.Hour, DialTimeout: 10 * time.Second, MaxSegment: 1360},
+		},
+		Security: Security{
+			Algorithms: []ims.Suite{
+				{Alg: ims.AlgNull, Enc: ims.EncAESGCM},
+				{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
+				{Alg: ims.AlgHMACMD5, Enc: ims.EncAESCBC},
+				{Alg: ims.AlgAESGMAC, Enc: ims.EncNull},
+				{Alg: ims.AlgHMACSHA1, Enc: ims.EncNull},
+				{Alg: ims.AlgHMACMD5, Enc: ims.EncNull},
+				{Alg: ims.AlgHMACSHA1, Enc: ims.EncDESEDE3CBC},
+				{Alg: ims.AlgHMACMD5, Enc: ims.EncDESEDE3CBC},
+			},
+			SecurityServer:    ServerChosen,
+			NoCommonAlgorithm: 494,
+			VerifyMismatch:    494,
+			AddressConflict:   403,
+			SPI:               SPIRange{First: 1 << 28, Last: 1<<32 - 1},
+			MaxSetsPerUE:      3,
+		},
+		Mw: Mw{
+			Port:                     5060,
+			Transport:                ims.UDP,
+			VisitedNetwork:           "ims.mnc001.mcc001.3gppnetwork.org",
+			IntegrityProtectedClear:  IntegrityNo,
+			IntegrityProtectedQuoted: true,
+			RegisterTimeout:          32 * time.Second,
+			HealthInterval:           5 * time.Second,
+		},
+		Timers:  Timers{RegAwaitAuth: 4 * time.Minute, LifetimeMargin: 30 * time.Second, OldSet: 128 * time.Second},
+		ESP:     ESP{Backend: BackendAuto, ReplayWindow: 256, TunMTU: 9000},
+		Metrics: Metrics{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
+		Log:     Log{Level: slog.LevelInfo, Format: FormatText},
+	}
+}
+
+// Load reads the file at path. The error is Errors when the file could be read and is not valid.
+func Load(path string) (*Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // nothing was written
+	text, err := readLimited(f)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration %s: %w", path, err)
+	}
+	return Parse(text, path)
+}
+
+// Validate checks a Config that was put together in code. The error is Errors, without lines and columns.
+func (c *Config) Validate() error {
+	r := newReport("")
+	c.check(r)
+	return r.err()
+}
+
+// WorkerCount returns the number of workers: Workers, or one for each CPU that the process may use.
+func (c *Config) WorkerCount() int {
+	if c.Workers > 0 {
+		return c.Workers
+	}
+	return runtime.GOMAXPROCS(0)
+}
+
+// Suites returns the algorithm pairs that may be agreed on, in the order of preference.
+func (s *Security) Suites() []ims.Suite {
+	suites := make([]ims.Suite, 0, len(s.Algorithms))
+	for _, suite := range s.Algorithms {
+		if !s.DisableDeprecated || !suite.Deprecated() {
+			suites = append(suites, suite)
+		}
+	}
+	return suites
+}

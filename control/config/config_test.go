@@ -1,0 +1,397 @@
+package config
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/gmgate/gmgate/control/ims"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+var netipByValue = cmp.Options{
+	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+	cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }),
+	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+}
+
+func golden(t *testing.T, path string, got []byte) {
+	t.Helper()
+	if *update {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(got)); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", path, diff)
+	}
+}
+
+func files(t *testing.T, pattern string) []string {
+	t.Helper()
+	list, err := filepath.Glob(pattern)
+	if err != nil || len(list) == 0 {
+		t.Fatalf("no files %s: %v", pattern, err)
+	}
+	return list
+}
+
+// TestGood compares the effective configuration of each file, and that it reads back as the same.
+func TestGood(t *testing.T) {
+	for _, path := range files(t, "testdata/good/*.yaml") {
+		t.Run(filepath.Base(path), func(t *testing.T) {
+			c, err := Load(path)
+			if err != nil {
+				t.Fatalf("Load:\n%v", err)
+			}
+			var b bytes.Buffer
+			if err := c.Write(&b); err != nil {
+				t.Fatal(err)
+			}
+			golden(t, strings.TrimSuffix(path, ".yaml")+".effective", b.Bytes())
+			again, err := Parse(b.Bytes(), "effective")
+			if err != nil {
+				t.Fatalf("Parse of what Write wrote:\n%v", err)
+			}
+			if diff := cmp.Diff(c, again, netipByValue); diff != "" {
+				t.Errorf("read back (-before +after):\n%s", diff)
+			}
+			if err := c.Validate(); err != nil {
+				t.Errorf("Validate of a parsed configuration:\n%v", err)
+			}
+		})
+	}
+}
+
+func TestBad(t *testing.T) {
+	for _, path := range files(t, "testdata/bad/*.yaml") {
+		t.Run(filepath.Base(path), func(t *testing.T) {
+			text, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := Parse(text, filepath.Base(path))
+			problems, ok := errors.AsType[Errors](err)
+			if c != nil || !ok || len(problems) == 0 {
+				t.Fatalf("Parse = %v, %v; want Errors", c, err)
+			}
+			golden(t, strings.TrimSuffix(path, ".yaml")+".errors", []byte(err.Error()+"\n"))
+		})
+	}
+}
+
+func TestExampleIsTheDefault(t *testing.T) {
+	var b bytes.Buffer
+	if err := WriteExample(&b); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Parse(b.Bytes(), "example")
+	if err != nil {
+		t.Fatalf("Parse:\n%v", err)
+	}
+	want := Default()
+	want.Gm.Addresses = got.Gm.Addresses
+	want.Mw.Addresses = got.Mw.Addresses
+	want.Mw.NextHops = got.Mw.NextHops
+	if diff := cmp.Diff(want, got, netipByValue); diff != "" {
+		t.Errorf("the example is not Default and addresses (-default +example):\n%s", diff)
+	}
+	if len(got.Gm.Addresses) == 0 || len(got.Mw.Addresses) == 0 || len(got.Mw.NextHops) == 0 {
+		t.Error("the example lacks a required address")
+	}
+	golden(t, "testdata/example.yaml", b.Bytes())
+
+	// Its comments show keys that have no default: with those taken in, the file is good too.
+	shown := strings.ReplaceAll(b.String(), "  peers: []\n", "")
+	shown = strings.ReplaceAll(shown, "  hosts: {}\n", "")
+	for _, key := range []string{"instance", "peers", "hosts"} {
+		shown = strings.Replace(shown, "# "+key+": ", key+": ", 1)
+	}
+	got, err = Parse([]byte(shown), "example")
+	if err != nil {
+		t.Fatalf("Parse with the commented keys:\n%v", err)
+	}
+	if got.Instance != "edge1" || len(got.Mw.Peers) != 1 || len(got.Mw.Hosts) != 1 {
+		t.Errorf("instance %q, peers %v, hosts %v", got.Instance, got.Mw.Peers, got.Mw.Hosts)
+	}
+}
+
+func TestSchemaIsDocumentedAndComplete(t *testing.T) {
+	n := 0
+	walk("", schema(), func(path string, f *field) {
+		if f.sub == nil {
+			n++
+		}
+		if f.doc == "" && !strings.HasPrefix(path, "security.spi.") {
+			t.Errorf("%s has no documentation", path)
+		}
+		if (f.sub == nil) == (f.read == nil || f.show == nil) {
+			t.Errorf("%s is neither a section nor a value", path)
+		}
+	})
+	if n != 45 {
+		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
+	}
+	// Every key differs from its default in everything.yaml, so that none is read into another's place.
+	c, err := Load("testdata/good/everything.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	def := Default()
+	walk("", schema(), func(path string, f *field) {
+		if f.sub == nil && f.show(c) == f.show(def) {
+			t.Errorf("everything.yaml leaves %s at its default", path)
+		}
+	})
+}
+
+func TestFields(t *testing.T) {
+	c, err := Load("testdata/good/everything.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := netip.MustParseAddr
+	want := &Config{
+		Instance: "edge-1.example", Workers: 8,
+		Gm: Gm{
+			Addresses: []netip.Addr{addr("10.0.0.5"), addr("2001:db8::5")},
+			Port:      5070, ServerPorts: []uint16{7100}, ClientPorts: []uint16{7110, 7111, 7112, 7113, 7114},
+			MaxMessage: 16384, UDPLimit: 1200, ClearRequests: ClearDrop,
+			TCP: TCP{MaxConnections: 100, IdleTimeout: 90 * time.Minute, DialTimeout: 1500 * time.Millisecond, MaxSegment: 1200},
+		},
+		Security: Security{
+			Algorithms: []ims.Suite{
+				{Alg: ims.AlgAESGMAC, Enc: ims.EncNull}, {Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
+				{Alg: ims.AlgHMACMD5, Enc: ims.EncDESEDE3CBC},
+			},
+			DisableDeprecated: true, SecurityServer: ServerList, NoCommonAlgorithm: 400, VerifyMismatch: 400,
+			AddressConflict: 480, SPI: SPIRange{First: 4096, Last: 65535}, MaxSetsPerUE: 5,
+		},
+		Mw: Mw{
+			Addresses: []netip.Addr{addr("10.0.1.5"), addr("2001:db8:1::5")}, Port: 5080, Transport: ims.TCP,
+			NextHops: []NextHop{
+				{Host: "10.0.1.9", Addr: netip.MustParseAddrPort("10.0.1.9:5060"), Transport: ims.TCP},
+				{Host: "scscf.example", Addr: netip.MustParseAddrPort("10.0.1.10:5060"), Transport: ims.UDP},
+				{Host: "2001:db8:1::9", Addr: netip.MustParseAddrPort("[2001:db8:1::9]:5062"), Transport: ims.TCP},
+			},
+			Hosts: map[string]netip.Addr{"scscf.example": addr("10.0.1.10"), "3com.example": addr("2001:db8:1::a")},
+			Peers: []netip.Prefix{
+				netip.MustParsePrefix("10.0.1.0/24"), netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("2001:db8:1::9/128"),
+			},
+			VisitedNetwork: "visited.example", PathHost: "pcscf.example", IntegrityProtectedClear: IntegrityAbsent,
+			OrigIOI: "home.example", RegisterTimeout: 8 * time.Second,
+		},
+		Timers:  Timers{RegAwaitAuth: 3 * time.Minute, LifetimeMargin: 10 * time.Second, OldSet: 64 * time.Second},
+		ESP:     ESP{Backend: BackendUserspace, ReplayWindow: 1024, TunMTU: 1500},
+		Metrics: Metrics{Pprof: true},
+		Log:     Log{Level: slog.LevelDebug, Format: FormatJSON},
+	}
+	if diff := cmp.Diff(want, c, netipByValue); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestSuites(t *testing.T) {
+	s := Default().Security
+	if got := s.Suites(); !slices.Equal(got, s.Algorithms) {
+		t.Errorf("Suites = %v, want all: %v", got, s.Algorithms)
+	}
+	s.DisableDeprecated = true
+	want := []ims.Suite{
+		{Alg: ims.AlgNull, Enc: ims.EncAESGCM}, {Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
+		{Alg: ims.AlgAESGMAC, Enc: ims.EncNull}, {Alg: ims.AlgHMACSHA1, Enc: ims.EncNull},
+	}
+	if got := s.Suites(); !slices.Equal(got, want) {
+		t.Errorf("Suites = %v, want %v", got, want)
+	}
+	if got := len(Default().Security.Algorithms); got != len(ims.Suites()) {
+		t.Errorf("%d pairs by default, there are %d legal ones", got, len(ims.Suites()))
+	}
+}
+
+// TestValidate breaks a good configuration in code, where the reader cannot help.
+func TestValidate(t *testing.T) {
+	if err := Example().Validate(); err != nil {
+		t.Fatalf("example: %v", err)
+	}
+	tests := []struct {
+		want string
+		do   func(*Config)
+	}{
+		{"instance: ", func(c *Config) { c.Instance = "" }},
+		{"workers: -1 is out of range, allowed are 0 to 256", func(c *Config) { c.Workers = -1 }},
+		{"gm.addresses: required and missing", func(c *Config) { c.Gm.Addresses = nil }},
+		{"gm.addresses[0]: no address", func(c *Config) { c.Gm.Addresses = make([]netip.Addr, 1) }},
+		{"gm.port: 0 is out of range", func(c *Config) { c.Gm.Port = 0 }},
+		{"gm.server_ports[0]: 5061 is a port of unprotected SIP", func(c *Config) { c.Gm.ServerPorts = []uint16{5061} }},
+		{"gm.client_ports: 0 ports, at least 4", func(c *Config) { c.Gm.ClientPorts = nil }},
+		{"gm.clear_requests: \"\" is not reject or drop", func(c *Config) { c.Gm.ClearRequests = "" }},
+		{"gm.tcp.idle_timeout: must be longer than zero", func(c *Config) { c.Gm.TCP.IdleTimeout = 0 }},
+		{"security.algorithms[0]: null=null is no pair", func(c *Config) {
+			c.Security.Algorithms = []ims.Suite{{Alg: ims.AlgNull, Enc: ims.EncNull}}
+		}},
+		{"security.spi.first: 0 is out of range, allowed are 256", func(c *Config) { c.Security.SPI.First = 0 }},
+		{"mw.transport: Transport(0) is not udp or tcp", func(c *Config) { c.Mw.Transport = 0 }},
+		{"mw.next_hops[0]: no address", func(c *Config) { c.Mw.NextHops[0] = NextHop{} }},
+		{"mw.next_hops[0]: 10.0.1.9:0;transport=udp has no port", func(c *Config) {
+			c.Mw.NextHops[0].Addr = netip.AddrPortFrom(c.Mw.NextHops[0].Addr.Addr(), 0)
+		}},
+		{"mw.next_hops[0]: 10.0.1.9:5060 has no transport", func(c *Config) { c.Mw.NextHops[0].Transport = 0 }},
+		{"mw.hosts.Upper.example: ", func(c *Config) {
+			c.Mw.Hosts = map[string]netip.Addr{"Upper.example": netip.MustParseAddr("10.0.1.9")}
+		}},
+		{"mw.peers[0]: no prefix", func(c *Config) { c.Mw.Peers = make([]netip.Prefix, 1) }},
+		{"metrics.listen: 127.0.0.1:0 cannot be listened on", func(c *Config) { c.Metrics.Listen = netip.MustParseAddrPort("127.0.0.1:0") }},
+		{"log.format: ", func(c *Config) { c.Log.Format = "" }},
+	}
+	for _, tt := range tests {
+		c := Example()
+		tt.do(c)
+		err := c.Validate()
+		if err == nil {
+			t.Errorf("no error, want %q", tt.want)
+			continue
+		}
+		if lines := strings.Split(err.Error(), "\n"); len(lines) != 1 || !strings.HasPrefix(lines[0], tt.want) {
+			t.Errorf("got %q, want one line with %q", lines, tt.want)
+		}
+	}
+}
+
+func TestLoadErrors(t *testing.T) {
+	if _, err := Load("testdata/none.yaml"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("missing file: %v", err)
+	}
+	dir := t.TempDir()
+	if _, err := Load(dir); err == nil {
+		t.Error("a directory: no error")
+	}
+	long := filepath.Join(dir, "long.yaml")
+	if err := os.WriteFile(long, bytes.Repeat([]byte("# x\n"), maxFile/4+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load(long); err == nil || !strings.Contains(err.Error(), "longer than") {
+		t.Errorf("long file: %v", err)
+	}
+	if _, err := Parse(bytes.Repeat([]byte("[\n"), maxDepth+1), "deep"); err == nil || !strings.Contains(err.Error(), "brackets") {
+		t.Errorf("deep file: %v", err)
+	}
+}
+
+type brokenWriter struct{}
+
+func (brokenWriter) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
+
+func TestWriteErrors(t *testing.T) {
+	if err := WriteExample(brokenWriter{}); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("WriteExample: %v", err)
+	}
+	if err := Example().Write(brokenWriter{}); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("Write: %v", err)
+	}
+}
+
+func TestWorkerCount(t *testing.T) {
+	if n := (&Config{Workers: 7}).WorkerCount(); n != 7 {
+		t.Errorf("WorkerCount = %d, want 7", n)
+	}
+	if n := (&Config{}).WorkerCount(); n < 1 {
+		t.Errorf("WorkerCount = %d, want at least 1", n)
+	}
+}
+
+func TestShowDuration(t *testing.T) {
+	for d, want := range map[time.Duration]string{
+		0: "0", time.Second: "1s", 128 * time.Second: "128s", 4 * time.Minute: "4m", time.Hour: "1h", 90 * time.Minute: "1h30m",
+		25*time.Hour + time.Second: "25h0m1s", 1500 * time.Millisecond: "1.5s", time.Millisecond: "1ms",
+	} {
+		got := showDuration(d)
+		if got != want {
+			t.Errorf("showDuration(%d) = %q, want %q", d, got, want)
+		}
+		if back, err := time.ParseDuration(got); err != nil || back != d {
+			t.Errorf("%q reads back as %v, %v", got, back, err)
+		}
+	}
+}
+
+func TestEditDistance(t *testing.T) {
+	for _, tt := range []struct {
+		a, b string
+		want int
+	}{
+		{"", "", 0}, {"port", "port", 0}, {"prot", "port", 1}, {"pot", "port", 1}, {"ports", "port", 1},
+		{"adress", "addresses", 3}, {"abc", "", 3}, {"", "abc", 3}, {"kitten", "sitting", 3},
+	} {
+		if got := editDistance(tt.a, tt.b); got != tt.want {
+			t.Errorf("editDistance(%q, %q) = %d, want %d", tt.a, tt.b, got, tt.want)
+		}
+	}
+}
+
+// FuzzParse: a configuration or problems, never both and never a panic; problems have a place in the file and one line
+// each; what was accepted is written and read back as the same.
+func FuzzParse(f *testing.F) {
+	for _, pattern := range []string{"testdata/good/*.yaml", "testdata/bad/*.yaml"} {
+		list, err := filepath.Glob(pattern)
+		if err != nil {
+			f.Fatal(err)
+		}
+		for _, path := range list {
+			text, err := os.ReadFile(path)
+			if err != nil {
+				f.Fatal(err)
+			}
+			f.Add(text)
+		}
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c, err := Parse(text, "fuzz")
+		if err != nil {
+			problems, ok := errors.AsType[Errors](err)
+			if c != nil || !ok || len(problems) == 0 {
+				t.Fatalf("Parse = %v, %v", c, err)
+			}
+			for i, p := range problems {
+				if p.Line < 1 || p.Column < 1 || p.Text == "" || strings.Contains(p.Path, "\n") {
+					t.Errorf("problem %+v", p)
+				}
+				if i > 0 && p.Line < problems[i-1].Line {
+					t.Errorf("problem %q comes after %q", p, problems[i-1])
+				}
+			}
+			return
+		}
+		if err := c.Validate(); err != nil {
+			t.Fatalf("Validate of a parsed configuration:\n%v", err)
+		}
+		var b bytes.Buffer
+		if err := c.Write(&b); err != nil {
+			t.Fatal(err)
+		}
+		again, err := Parse(b.Bytes(), "again")
+		if err != nil {
+			t.Fatalf("Parse of\n%s\n%v", &b, err)
+		}
+		if diff := cmp.Diff(c, again, netipByValue); diff != "" {
+			t.Fatalf("read back (-before +after):\n%s", diff)
+		}
+	})
+}
