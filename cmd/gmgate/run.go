@@ -1,0 +1,239 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"net/netip"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/gmgate/gmgate/control/config"
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/proxy"
+	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/dataplane/front"
+)
+
+// stopTimeout bounds a clean stop.
+const stopTimeout = 5 * time.Second
+
+// runMain runs the daemon until ctx ends.
+func runMain(ctx context.Context, args []string, stderr io.Writer) int {
+	file, code := fileFlag("run", args, stderr)
+	if code >= 0 {
+		return code
+	}
+	cfg, err := config.Load(file)
+	if err != nil {
+		report(stderr, err)
+		return 1
+	}
+	log, err := observe.NewLogger(stderr, cfg.Log.Level, string(cfg.Log.Format))
+	if err != nil {
+		_, _ = fmt.Fprintln(stderr, err)
+		return 1
+	}
+	if err := run(ctx, cfg, log); err != nil {
+		log.Error("stopped", "error", err)
+		return 1
+	}
+	return 0
+}
+
+// run builds the daemon from its parts, serves until ctx ends and takes everything down again.
+func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) {
+	workers := cfg.WorkerCount()
+	metrics := observe.New(workers)
+	metrics.BuildInfo(version, vcsRevision())
+
+	back, err := openBackend(cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, back.Close()) }()
+	back.observe(metrics)
+
+	shared, err := proxyConfig(cfg, back.suites(cfg.Security.Suites()))
+	if err != nil {
+		return err
+	}
+	handlers := make([]front.Handler, workers)
+	for i := range workers {
+		w, err := proxy.New(shared, i, measured{back.Installer, metrics}, metrics, log.With("worker", i))
+		if err != nil {
+			return err
+		}
+		handlers[i] = handler{w}
+	}
+	f, err := front.New(frontConfig(cfg, back, log), handlers)
+	if err != nil {
+		return fmt.Errorf("open sockets: %w", err)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		defer cancel()
+		err = errors.Join(err, f.Close(ctx))
+	}()
+	observeFront(metrics, f)
+
+	stop, err := serveMetrics(ctx, cfg, metrics, log)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	log.Info("ready", "version", version, "backend", back.name, "reason", back.reason, "workers", workers,
+		"gm", cfg.Gm.Addresses, "mw", cfg.Mw.Addresses, "algorithms", fmt.Sprint(shared.Suites))
+	select {
+	case <-ctx.Done():
+		log.Info("stopping")
+		return nil
+	case <-f.Done():
+		return fmt.Errorf("event engine ended: %w", f.Err())
+	}
+}
+
+// handler puts a proxy worker on its event loop.
+type handler struct{ *proxy.Worker }
+
+// Boot implements front.Handler.
+func (h handler) Boot(w *front.Worker) { h.Worker.Boot(w) }
+
+// measured times the operations of an ESP backend.
+type measured struct {
+	sa.Installer
+	metrics *observe.Metrics
+}
+
+// Install implements sa.Installer.
+func (m measured) Install(p sa.Params, done func(error)) {
+	m.Installer.Install(p, m.timed("install", done))
+}
+
+// Remove implements sa.Installer.
+func (m measured) Remove(p sa.Params, done func(error)) {
+	m.Installer.Remove(p, m.timed("remove", done))
+}
+
+// Extend implements sa.Installer.
+func (m measured) Extend(p sa.Params, hard time.Duration, done func(error)) {
+	m.Installer.Extend(p, hard, m.timed("extend", done))
+}
+
+func (m measured) timed(op string, done func(error)) func(error) {
+	began := time.Now()
+	return func(err error) {
+		m.metrics.ObserveInstall(op, time.Since(began), err)
+		done(err)
+	}
+}
+
+// proxyConfig translates the configuration for the workers.
+func proxyConfig(cfg *config.Config, suites []ims.Suite) (*proxy.Config, error) {
+	key, err := proxy.NewTokenKey()
+	if err != nil {
+		return nil, err
+	}
+	p := &proxy.Config{
+		Workers: cfg.WorkerCount(),
+		Gm:      cfg.Gm.Addresses, GmPort: cfg.Gm.Port, UDPLimit: cfg.Gm.UDPLimit,
+		DropClear: cfg.Gm.ClearRequests == config.ClearDrop,
+		Suites:    suites, ServerList: cfg.Security.SecurityServer == config.ServerList,
+		StatusSuite: cfg.Security.NoCommonAlgorithm, StatusVerify: cfg.Security.VerifyMismatch,
+		StatusTaken: cfg.Security.AddressConflict,
+		Registrar: registrar.Config{
+			ServerPorts: cfg.Gm.ServerPorts, ClientPorts: cfg.Gm.ClientPorts,
+			AwaitAuth: cfg.Timers.RegAwaitAuth, OldSet: cfg.Timers.OldSet, MaxSets: cfg.Security.MaxSetsPerUE,
+		},
+		LifetimeExtra: cfg.Timers.LifetimeMargin,
+		Mw:            cfg.Mw.Addresses, MwPort: cfg.Mw.Port, MwTransport: cfg.Mw.Transport,
+		Hosts: cfg.Mw.Hosts, Peers: cfg.Mw.Peers, PathHost: cfg.Mw.PathHost,
+		VisitedNetwork: cfg.Mw.VisitedNetwork, OrigIOI: cfg.Mw.OrigIOI,
+		QuoteIntegrity: cfg.Mw.IntegrityProtectedQuoted, RegisterTimeout: cfg.Mw.RegisterTimeout,
+		HealthInterval: cfg.Mw.HealthInterval,
+		TokenKey:       key, SPIFirst: cfg.Security.SPI.First, SPILast: cfg.Security.SPI.Last,
+	}
+	if cfg.Mw.IntegrityProtectedClear == config.IntegrityNo {
+		p.ClearIntegrity = "no"
+	}
+	for _, h := range cfg.Mw.NextHops {
+		p.NextHops = append(p.NextHops, ims.Hop{Addr: h.Addr, Transport: h.Transport})
+	}
+	return p, nil
+}
+
+// frontConfig lists the sockets: the unprotected port, every protected port, and one Mw port per worker.
+func frontConfig(cfg *config.Config, back *backend, log *slog.Logger) front.Config {
+	f := front.Config{
+		Workers: cfg.WorkerCount(), Hidden: back.hidden, MaxMessage: cfg.Gm.MaxMessage,
+		MaxConnections: cfg.Gm.TCP.MaxConnections, IdleTimeout: cfg.Gm.TCP.IdleTimeout,
+		DialTimeout: cfg.Gm.TCP.DialTimeout, TCPMaxSeg: cfg.Gm.TCP.MaxSegment, Logger: log,
+	}
+	hidden := back.hidden != nil
+	for _, a := range cfg.Gm.Addresses {
+		f.Listeners = append(f.Listeners, front.Listener{
+			Addr: netip.AddrPortFrom(a, cfg.Gm.Port), Side: ims.GmClear, UDP: true, TCP: true, Worker: -1,
+		})
+		for _, p := range cfg.Gm.ServerPorts {
+			f.Listeners = append(f.Listeners, front.Listener{
+				Addr: netip.AddrPortFrom(a, p), Side: ims.GmProtected, UDP: true, TCP: true, Hidden: hidden, Worker: -1,
+			})
+		}
+		for _, p := range cfg.Gm.ClientPorts { // no TCP listener on port-pc: the UE connects to port-ps only
+			f.Listeners = append(f.Listeners, front.Listener{
+				Addr: netip.AddrPortFrom(a, p), Side: ims.GmProtected, UDP: true, Hidden: hidden, Worker: -1,
+			})
+		}
+	}
+	for _, a := range cfg.Mw.Addresses {
+		for k := range f.Workers {
+			f.Listeners = append(f.Listeners, front.Listener{
+				Addr: netip.AddrPortFrom(a, cfg.Mw.Port+uint16(k)), Side: ims.Mw, UDP: true, TCP: true, Worker: k,
+			})
+		}
+	}
+	return f
+}
+
+// serveMetrics serves /metrics, and the profiles of net/http/pprof where they are enabled.
+func serveMetrics(ctx context.Context, cfg *config.Config, m *observe.Metrics, log *slog.Logger) (stop func(), err error) {
+	reg := prometheus.NewRegistry()
+	if err := errors.Join(m.Register(reg), reg.Register(collectors.NewGoCollector()),
+		reg.Register(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))); err != nil {
+		return nil, err
+	}
+	if !cfg.Metrics.Listen.IsValid() {
+		return func() {}, nil
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", observe.Handler(reg))
+	if cfg.Metrics.Pprof {
+		mux.HandleFunc("/debug/pprof/", pprof.Index)
+		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", cfg.Metrics.Listen.String())
+	if err != nil {
+		return nil, fmt.Errorf("serve metrics: %w", err)
+	}
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: stopTimeout}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			log.Error("metrics endpoint ended", "error", err)
+		}
+	}()
+	return func() { _ = srv.Close(); <-done }, nil
+}

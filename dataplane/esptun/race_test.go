@@ -1,0 +1,5 @@
+//go:build race
+
+package esptun
+
+const raceEnabled = true

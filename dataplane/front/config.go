@@ -1,0 +1,187 @@
+package front
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/dataplane/hostnet"
+)
+
+// Listener is an address on which messages are received and from which they are sent.
+type Listener struct {
+	// Addr is explicit: no wildcard, since the local address of a message is taken from here. Port 0 lets the kernel
+	// choose (Front.Listeners tells the port); it is meant for tests.
+	Addr   netip.AddrPort
+	Side   ims.Side
+	UDP    bool
+	TCP    bool
+	Hidden bool // the sockets live in Config.Hidden
+	// Worker is the only worker that receives here, or -1 for all of them. Every worker may send UDP from every listener.
+	Worker int
+}
+
+// Config says what New shall run. Zero values of limits and times stand for the defaults named here.
+type Config struct {
+	Workers   int // default 1
+	Listeners []Listener
+	Hidden    *hostnet.NS // namespace of hidden sockets; nil: that of the process
+
+	MaxMessage     int           // octets of one SIP message, default 65535
+	MaxConnections int           // TCP connections in both directions, default 20000; never more than descriptors allow
+	MaxOutbound    int           // octets waiting in one connection before it is reset, default 512 KiB
+	MaxBuffered    int           // octets of incomplete messages per worker, default 64 MiB
+	MaxQueue       int           // messages handed to one worker and not handled yet, default 8192
+	MaxDials       int           // connection attempts at a time, default 256; four times as many may wait
+	IdleTimeout    time.Duration // of a connection without traffic in either direction, default 1 h
+	PartialTimeout time.Duration // for the rest of a message whose beginning has come, default 32 s (64*T1)
+	DialTimeout    time.Duration // default 10 s
+	Tick           time.Duration // interval of Handler.Tick, default 10 ms
+
+	ReadBuffer  int  // SO_RCVBUF of UDP sockets in octets, default 4 MiB
+	WriteBuffer int  // SO_SNDBUF of UDP sockets in octets, default 4 MiB
+	TCPMaxSeg   int  // TCP_MAXSEG on the Gm sides, 0 leaves the kernel's
+	FreeBind    bool // listen on addresses that the host does not have yet
+
+	Logger *slog.Logger // default: discard
+}
+
+// Implementation constants.
+const (
+	defaultMaxMessage     = 65535
+	defaultMaxConnections = 20000
+	defaultMaxOutbound    = 512 << 10
+	defaultMaxBuffered    = 64 << 20
+	defaultMaxQueue       = 8192
+	defaultMaxDials       = 256
+	defaultIdleTimeout    = time.Hour
+	defaultPartialTimeout = 32 * time.Second // after Timer B and F of RFC 3261 §17 nobody waits any more
+	defaultDialTimeout    = 10 * time.Second
+	defaultTick           = 10 * time.Millisecond
+	defaultSocketBuffer   = 4 << 20
+
+	minMessage = 512 // below it no SIP request fits
+
+	maxWorkers = 256
+
+	// reservedFDs are kept for everything that is not a connection: listeners, pollers, files, netlink. A connection
+	// takes two descriptors for a moment, while gnet duplicates it.
+	reservedFDs = 256
+)
+
+// populate fills in defaults.
+func (c *Config) populate() {
+	def := func(v *int, d int) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	defTime := func(v *time.Duration, d time.Duration) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	def(&c.Workers, 1)
+	def(&c.MaxMessage, defaultMaxMessage)
+	def(&c.MaxConnections, defaultMaxConnections)
+	def(&c.MaxOutbound, defaultMaxOutbound)
+	def(&c.MaxBuffered, defaultMaxBuffered)
+	def(&c.MaxQueue, defaultMaxQueue)
+	def(&c.MaxDials, defaultMaxDials)
+	def(&c.ReadBuffer, defaultSocketBuffer)
+	def(&c.WriteBuffer, defaultSocketBuffer)
+	defTime(&c.IdleTimeout, defaultIdleTimeout)
+	defTime(&c.PartialTimeout, defaultPartialTimeout)
+	defTime(&c.DialTimeout, defaultDialTimeout)
+	defTime(&c.Tick, defaultTick)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+}
+
+// validate tells everything that is wrong with a populated configuration.
+func (c *Config) validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.Workers < 1 || c.Workers > maxWorkers {
+		bad("workers %d is not within 1 to %d", c.Workers, maxWorkers)
+	}
+	if c.MaxMessage < minMessage || c.MaxMessage > defaultMaxMessage {
+		bad("maximum message size %d is not within %d to %d", c.MaxMessage, minMessage, defaultMaxMessage)
+	}
+	for _, v := range []struct {
+		name string
+		n    int
+	}{
+		{"maximum connections", c.MaxConnections}, {"maximum dials", c.MaxDials}, {"maximum queue", c.MaxQueue},
+		{"read buffer", c.ReadBuffer}, {"write buffer", c.WriteBuffer},
+	} {
+		if v.n < 1 {
+			bad("%s %d is not positive", v.name, v.n)
+		}
+	}
+	if c.MaxOutbound < c.MaxMessage {
+		bad("maximum outbound %d is less than the maximum message size %d", c.MaxOutbound, c.MaxMessage)
+	}
+	if c.MaxBuffered < c.MaxMessage {
+		bad("maximum buffered %d is less than the maximum message size %d", c.MaxBuffered, c.MaxMessage)
+	}
+	if c.TCPMaxSeg < 0 {
+		bad("maximum segment size %d is negative", c.TCPMaxSeg)
+	}
+	for _, v := range []struct {
+		name string
+		d    time.Duration
+	}{
+		{"idle timeout", c.IdleTimeout}, {"partial timeout", c.PartialTimeout},
+		{"dial timeout", c.DialTimeout}, {"tick", c.Tick},
+	} {
+		if v.d <= 0 {
+			bad("%s %s is not positive", v.name, v.d)
+		}
+	}
+	for i, l := range c.Listeners {
+		errs = append(errs, c.validateListener(i, l))
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Config) validateListener(i int, l Listener) error {
+	switch a := l.Addr.Addr(); {
+	case !a.IsValid() || a.IsUnspecified() || a.IsMulticast():
+		return fmt.Errorf("listener %s: the address must be an explicit unicast one", l.Addr)
+	case a.Is4In6() || a.Zone() != "":
+		return fmt.Errorf("listener %s: the address must have neither an IPv4-mapped form nor a zone", l.Addr)
+	case !l.UDP && !l.TCP:
+		return fmt.Errorf("listener %s: neither UDP nor TCP", l.Addr)
+	case l.Side != ims.GmClear && l.Side != ims.GmProtected && l.Side != ims.Mw:
+		return fmt.Errorf("listener %s: no side", l.Addr)
+	case l.Worker < -1 || l.Worker >= c.Workers:
+		return fmt.Errorf("listener %s: there is no worker %d", l.Addr, l.Worker)
+	}
+	for _, o := range c.Listeners[:i] {
+		// An address names one listener for SendUDP, so it may not occur in both namespaces either.
+		if o.Addr == l.Addr && l.Addr.Port() != 0 && ((o.UDP && l.UDP) || (o.TCP && l.TCP) || o.Hidden != l.Hidden) {
+			return fmt.Errorf("listener %s: the address is used twice", l.Addr)
+		}
+	}
+	return nil
+}
+
+// clampConnections lowers the connection cap so that descriptors suffice: gnet ends an engine that runs out of them.
+func (c *Config) clampConnections() {
+	var r syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
+		return
+	}
+	room := max(int(min(r.Cur, 1<<30))-reservedFDs, 1) //nolint:gosec // G115: bounded by the minimum
+	if c.MaxConnections > room {
+		c.Logger.Warn("connection limit lowered to what RLIMIT_NOFILE allows",
+			slog.Int("wanted", c.MaxConnections), slog.Int("limit", room))
+		c.MaxConnections = room
+	}
+}

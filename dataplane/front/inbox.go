@@ -1,0 +1,145 @@
+package front
+
+import (
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gmgate/gmgate/control/ims"
+)
+
+// maxPosts bounds the functions posted to a worker and not run yet.
+const maxPosts = 1 << 16
+
+// maxPooled is the largest message buffer that goes back to the pool.
+const maxPooled = 16 << 10
+
+// task is something that another goroutine wants done on a loop: a function, or a message handed over.
+type task struct {
+	run  func() // nil for a message
+	flow ims.Flow
+	msg  *buffer
+}
+
+// buffer carries a message between workers.
+type buffer struct{ b []byte }
+
+var buffers = sync.Pool{New: func() any { return new(buffer) }}
+
+func copyToBuffer(msg []byte) *buffer {
+	p := buffers.Get().(*buffer) //nolint:forcetypeassert,errcheck // the pool holds nothing else
+	p.b = append(p.b[:0], msg...)
+	return p
+}
+
+func (p *buffer) release() {
+	if cap(p.b) <= maxPooled {
+		buffers.Put(p)
+	}
+}
+
+// inbox is the queue of tasks for one loop, many producers and one consumer, in order. Its doorbell is one end of a
+// socket pair whose other end the loop watches; at most one datagram is outstanding. Not for the message hot path: a
+// push costs a lock, and a wake-up one write.
+type inbox struct {
+	mu      sync.Mutex
+	tasks   []task
+	spare   []task // the consumer's previous batch
+	hands   int    // messages among tasks
+	dropped uint64 // messages refused because there were too many
+	limit   int
+	bell    int // descriptor to ring
+	rung    bool
+	tick    bool // a tick is due
+	stop    bool // the loop shall end
+	closed  bool // nothing more is accepted
+	shut    bool // the doorbell's descriptor is gone
+}
+
+// push appends a task. must is for results of which somebody waits; they are bounded by what caused them.
+func (q *inbox) push(t task, must bool) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return ErrClosed
+	}
+	if t.run == nil {
+		if q.hands >= q.limit {
+			q.dropped++
+			return ErrBusy
+		}
+		q.hands++
+	} else if !must && len(q.tasks)-q.hands >= maxPosts {
+		return ErrBusy
+	}
+	q.tasks = append(q.tasks, t)
+	q.ringLocked()
+	return nil
+}
+
+// markTick makes a tick due, unless one is already.
+func (q *inbox) markTick() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.tick && !q.closed {
+		q.tick = true
+		q.ringLocked()
+	}
+}
+
+// finish refuses further tasks and makes the loop end after those that are queued.
+func (q *inbox) finish() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.closed, q.stop = true, true
+	q.ringLocked()
+}
+
+func (q *inbox) ringLocked() {
+	if q.rung || q.shut {
+		return
+	}
+	q.rung = true
+	// A full socket buffer would mean that a ring is outstanding, so an error changes nothing.
+	_, _ = unix.Write(q.bell, []byte{0})
+}
+
+// take returns what is to be done. The tasks are valid until the next call.
+func (q *inbox) take() (tasks []task, tick, stop bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.rung = false
+	tasks, tick, stop = q.tasks, q.tick, q.stop
+	clear(q.spare)
+	q.tasks, q.spare = q.spare[:0], tasks
+	q.hands, q.tick = 0, false
+	return tasks, tick, stop
+}
+
+func (q *inbox) drops() uint64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.dropped
+}
+
+// close gives the doorbell's descriptor back. The loop has ended.
+func (q *inbox) close() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.closed = true
+	if !q.shut {
+		q.shut = true
+		_ = unix.Close(q.bell)
+	}
+}
+
+// newDoorbell returns a socket pair: ring is written by producers, watch is read by the loop.
+func newDoorbell() (ring, watch int, err error) {
+	p, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, -1, fmt.Errorf("open doorbell: %w", os.NewSyscallError("socketpair", err))
+	}
+	return p[0], p[1], nil
+}

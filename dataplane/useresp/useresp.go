@@ -1,0 +1,333 @@
+// Package useresp is the ESP backend in user space: sa.Installer over a Tunnel of package esptun, for hosts and
+// containers whose kernel has no ESP.
+//
+// Invariants. A set is installed with all four SAs or none (TS 33.203 §7.2: the P-CSCF stores the set before SM6). A set
+// whose hard limit passes is removed even if nobody asks, so that keys do not stay for ever. Every callback is called
+// exactly once.
+//
+// Concurrency. Methods may be called from any goroutine and never block, Close excepted. One goroutine of the backend
+// does the work in the order of the calls and runs all callbacks; a callback must not block and must not call Close.
+package useresp
+
+import (
+	"container/heap"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/dataplane/esptun"
+	"github.com/gmgate/gmgate/dataplane/hostnet"
+)
+
+var _ sa.Installer = (*Backend)(nil)
+
+// Errors that callbacks get, beside those of esptun.Tunnel.Add.
+var (
+	// ErrBusy: too many operations wait.
+	ErrBusy = errors.New("user space ESP backend is busy")
+	// ErrClosed: the backend was closed.
+	ErrClosed = errors.New("user space ESP backend is closed")
+	// ErrUnknown: no set with this ID is installed.
+	ErrUnknown = errors.New("SA set is not installed")
+)
+
+// maxQueue is how many operations may wait. One takes about 10 µs, so a full queue is 80 ms of work: a registration that
+// would wait longer is better refused. Removals are taken in any case, since nobody would try them again; there can be
+// no more of them than sets.
+const maxQueue = 8192
+
+// Config describes a backend.
+type Config struct {
+	Local  []netip.Addr // our Gm addresses; they must be addresses of the host
+	Outer  *hostnet.NS  // where the host's addresses are; nil for the process's own namespace
+	Window int          // replay window in packets, zero for the default
+	MTU    int          // of the TUN, zero for the default
+	Logger *slog.Logger // nil for slog.Default
+}
+
+// tunnel is what the backend needs of esptun.Tunnel.
+type tunnel interface {
+	Add(sas ...esptun.SA) error
+	Remove(sas ...esptun.SA)
+	Count() int
+	Close() error
+}
+
+// Backend implements sa.Installer.
+type Backend struct {
+	tun *esptun.Tunnel
+	*engine
+}
+
+// New opens the tunnel and starts the backend.
+func New(cfg Config) (*Backend, error) {
+	tc := esptun.Config{
+		Outer: cfg.Outer, OuterAddrs: cfg.Local, MTU: cfg.MTU, Window: cfg.Window, Logger: cfg.Logger,
+	}
+	for _, a := range cfg.Local {
+		tc.Local = append(tc.Local, netip.PrefixFrom(a, a.BitLen()))
+	}
+	t, err := esptun.Open(tc)
+	if err != nil {
+		return nil, fmt.Errorf("start user space ESP backend: %w", err)
+	}
+	return &Backend{tun: t, engine: newEngine(t, cfg.Logger)}, nil
+}
+
+// Hidden returns the namespace in which sockets are protected: open the listeners on the protected ports there.
+func (b *Backend) Hidden() *hostnet.NS { return b.tun.Hidden() }
+
+// Stats returns the packet counters.
+func (b *Backend) Stats() esptun.Stats { return b.tun.Stats() }
+
+// engine is the backend without its network, so that tests can give it another tunnel and a clock.
+type engine struct {
+	tun  tunnel
+	log  *slog.Logger
+	wake chan struct{} // capacity one: there is something in the queue, or closed was set
+	done chan struct{} // closed when run has returned
+
+	mu     sync.Mutex
+	queue  []op
+	closed bool
+
+	// The rest belongs to run.
+	sets      map[uint64]*set
+	deadlines deadlines
+
+	closing  sync.Once
+	closeErr error
+}
+
+type opKind uint8
+
+const (
+	opInstall opKind = iota + 1
+	opRemove
+	opExtend
+	opRefuse // only the callback is left to be done
+)
+
+type op struct {
+	kind opKind
+	p    sa.Params
+	err  error
+	done func(error)
+}
+
+// set is an installed SA set.
+type set struct {
+	id       uint64
+	sas      [4]esptun.SA // without keys
+	deadline time.Time    // zero for none
+	index    int          // in the heap, -1 when not there
+}
+
+func newEngine(t tunnel, log *slog.Logger) *engine {
+	if log == nil {
+		log = slog.Default()
+	}
+	e := &engine{
+		tun: t, log: log, wake: make(chan struct{}, 1), done: make(chan struct{}), sets: make(map[uint64]*set),
+	}
+	go e.run()
+	return e
+}
+
+// Install implements sa.Installer. Errors are ErrBusy, ErrClosed and those of esptun.Tunnel.Add.
+func (e *engine) Install(p sa.Params, done func(error)) {
+	p.Keys = p.Keys.Clone()
+	e.enqueue(op{kind: opInstall, p: p, done: done})
+}
+
+// Remove implements sa.Installer. The set is found by p.ID.
+func (e *engine) Remove(p sa.Params, done func(error)) {
+	e.enqueue(op{kind: opRemove, p: sa.Params{ID: p.ID}, done: done})
+}
+
+// Extend implements sa.Installer. The set is found by p.ID; zero lifts the limit. Errors are ErrUnknown, ErrBusy and
+// ErrClosed.
+func (e *engine) Extend(p sa.Params, hard time.Duration, done func(error)) {
+	e.enqueue(op{kind: opExtend, p: sa.Params{ID: p.ID, Hard: hard}, done: done})
+}
+
+func (e *engine) enqueue(o op) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		go o.done(ErrClosed) // run may be gone
+		return
+	}
+	if len(e.queue) >= maxQueue && o.kind != opRemove {
+		o.p.Keys.Zero()
+		o = op{kind: opRefuse, err: ErrBusy, done: o.done}
+	}
+	e.queue = append(e.queue, o)
+	e.wakeUp()
+}
+
+func (e *engine) wakeUp() {
+	select {
+	case e.wake <- struct{}{}:
+	default: // it will look anyway
+	}
+}
+
+// Count implements sa.Installer.
+func (e *engine) Count() int { return e.tun.Count() }
+
+// Close implements sa.Installer: operations that wait are refused, except removals, which are vacuous now.
+func (e *engine) Close() error {
+	e.closing.Do(func() {
+		e.mu.Lock()
+		e.closed = true
+		e.mu.Unlock()
+		e.wakeUp()
+		<-e.done
+		e.closeErr = e.tun.Close()
+	})
+	return e.closeErr
+}
+
+// run does the operations and watches the deadlines.
+func (e *engine) run() {
+	defer close(e.done)
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	var ops []op
+	for {
+		select {
+		case <-e.wake:
+		case <-timer.C:
+		}
+		e.mu.Lock()
+		ops, e.queue = e.queue, ops[:0]
+		closed := e.closed
+		e.mu.Unlock()
+		for i := range ops {
+			err := e.do(&ops[i], closed)
+			ops[i].p.Keys.Zero()
+			ops[i].done(err)
+		}
+		clear(ops) // callbacks hold UE contexts
+		if closed {
+			return
+		}
+		timer.Reset(e.expire(time.Now()))
+	}
+}
+
+func (e *engine) do(o *op, closed bool) error {
+	switch {
+	case o.kind == opRefuse:
+		return o.err
+	case o.kind == opRemove:
+		if s := e.sets[o.p.ID]; s != nil {
+			e.drop(s)
+		}
+		return nil
+	case closed:
+		return ErrClosed
+	case o.kind == opExtend:
+		s := e.sets[o.p.ID]
+		if s == nil {
+			return fmt.Errorf("extend SA set %d: %w", o.p.ID, ErrUnknown)
+		}
+		e.limit(s, o.p.Hard)
+		return nil
+	}
+	return e.install(&o.p)
+}
+
+func (e *engine) install(p *sa.Params) error {
+	if e.sets[p.ID] != nil {
+		return fmt.Errorf("install SA set %d: %w", p.ID, esptun.ErrExists)
+	}
+	s := &set{id: p.ID, index: -1}
+	for i, a := range p.SAs() {
+		s.sas[i] = esptun.SA{Inbound: a.Dir == sa.In, SPI: a.SPI, Src: a.Src, Dst: a.Dst, Keys: p.Keys}
+	}
+	if err := e.tun.Add(s.sas[:]...); err != nil {
+		return fmt.Errorf("install SA set %d: %w", p.ID, err)
+	}
+	for i := range s.sas {
+		s.sas[i].Keys.Enc, s.sas[i].Keys.Auth, s.sas[i].Keys.Salt = nil, nil, [4]byte{}
+	}
+	e.sets[p.ID] = s
+	e.limit(s, p.Hard)
+	return nil
+}
+
+// limit sets the hard limit of a set, counted from now.
+func (e *engine) limit(s *set, hard time.Duration) {
+	if hard <= 0 {
+		if s.index >= 0 {
+			heap.Remove(&e.deadlines, s.index)
+		}
+		return
+	}
+	s.deadline = time.Now().Add(hard)
+	if s.index >= 0 {
+		heap.Fix(&e.deadlines, s.index)
+		return
+	}
+	heap.Push(&e.deadlines, s)
+}
+
+func (e *engine) drop(s *set) {
+	e.tun.Remove(s.sas[:]...)
+	delete(e.sets, s.id)
+	if s.index >= 0 {
+		heap.Remove(&e.deadlines, s.index)
+	}
+}
+
+// expire removes the sets whose hard limit has passed and returns how long to wait for the next one.
+func (e *engine) expire(now time.Time) time.Duration {
+	for len(e.deadlines) > 0 {
+		s := e.deadlines[0]
+		if wait := s.deadline.Sub(now); wait > 0 {
+			return wait
+		}
+		// TS 33.203 §7.4 leaves lifetimes to the SIP layer; that this happens is a fault there.
+		e.log.Warn("SA set outlived its hard limit and was removed", "sa_set", s.id, "spi", s.sas[0].SPI)
+		e.drop(s)
+	}
+	return time.Hour
+}
+
+// deadlines is a heap of sets by deadline.
+type deadlines []*set
+
+// Len implements heap.Interface.
+func (d deadlines) Len() int { return len(d) }
+
+// Less implements heap.Interface.
+func (d deadlines) Less(i, j int) bool { return d[i].deadline.Before(d[j].deadline) }
+
+// Swap implements heap.Interface.
+func (d deadlines) Swap(i, j int) {
+	d[i], d[j] = d[j], d[i]
+	d[i].index, d[j].index = i, j
+}
+
+// Push implements heap.Interface.
+func (d *deadlines) Push(x any) {
+	s, _ := x.(*set)
+	s.index = len(*d)
+	*d = append(*d, s)
+}
+
+// Pop implements heap.Interface.
+func (d *deadlines) Pop() any {
+	last := len(*d) - 1
+	s := (*d)[last]
+	(*d)[last] = nil
+	*d = (*d)[:last]
+	s.index = -1
+	return s
+}

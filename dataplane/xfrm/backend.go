@@ -1,0 +1,333 @@
+package xfrm
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/dataplane/hostnet"
+)
+
+// Defaults and limits of Config.
+const (
+	// DefaultReqID is "gm"; below 0x4000 the kernel's own key daemon interface hands out numbers.
+	DefaultReqID = 0x67_6d
+	// DefaultWindow is the replay window of inbound SAs. Several CPUs sending on one SA reorder by more than 32.
+	DefaultWindow = 256
+	// DefaultQueue is the number of requests that may wait for the worker.
+	DefaultQueue = 8192
+
+	maxSets = maxBatch / 4 // SA sets in one system call
+)
+
+// Errors of the requests, beside those of the kernel (see KernelError).
+var (
+	ErrClosed    = errors.New("XFRM backend is closed")
+	ErrBusy      = errors.New("too many SA requests are waiting")
+	ErrDuplicate = errors.New("SA set is already installed")
+	ErrUnknown   = errors.New("SA set is not installed")
+	ErrParams    = errors.New("SA set does not fit the configuration")
+)
+
+// Config describes a Backend.
+type Config struct {
+	NS          *hostnet.NS  // namespace of the Gm addresses, open until Close; nil is the process's
+	Local       []netip.Addr // our Gm addresses
+	ServerPorts []uint16     // every port-ps
+	ClientPorts []uint16     // every port-pc
+	ReqID       int          // marks our states and templates; 0 means DefaultReqID
+	Window      int          // replay window in packets, at most 4096; 0 means DefaultWindow
+	Queue       int          // requests that may wait; 0 means DefaultQueue
+	Logger      *slog.Logger // nil discards
+}
+
+// Backend installs SA sets into the kernel. Create one with New.
+type Backend struct {
+	cfg     Config
+	reqid   uint32
+	window  int
+	log     *slog.Logger
+	support Support
+
+	installed atomic.Int64 // SAs
+	wake      chan struct{}
+	stopped   chan struct{} // closed when the worker has ended
+
+	mu      sync.Mutex // guards the queue
+	queue   []request
+	waiting int           // requests in queue and pending
+	refused []func(error) // callbacks of requests that found the queue full
+	closed  bool
+
+	queryMu sync.Mutex // guards query
+	query   *conn      // counts; a socket of its own, so that a reader never waits for the worker
+
+	// The following belong to the worker; Close uses them once it has ended.
+	conn     *conn
+	pending  []request // taken from queue, not yet executed
+	sets     map[uint64]set
+	policies []policy
+}
+
+var _ sa.Installer = (*Backend)(nil)
+
+// set is what the backend keeps of an installed SA set.
+type set struct {
+	added int64 // wall-clock seconds, as the kernel counts the age of a state
+	suite ims.Suite
+}
+
+// op is the kind of a request.
+type op uint8
+
+const (
+	opInstall op = iota + 1
+	opRemove
+	opExtend
+)
+
+// request is one call of the Installer interface on its way through the worker.
+type request struct {
+	op   op
+	p    sa.Params
+	hard time.Duration // opExtend
+	done func(error)
+
+	first, count int // its messages in the batch
+	err          error
+}
+
+// New probes the kernel, removes SAs that an earlier run left behind, and puts the constant policies in place: from
+// now on nothing passes a protected port in clear. If the kernel cannot do it the error wraps ErrNoXFRM, ErrNoESP,
+// ErrNoAlgorithm or ErrPermission, and nothing is left in the kernel.
+func New(cfg Config) (*Backend, error) {
+	return newBackend(cfg, func() (socket, error) { return openSocket(cfg.NS) })
+}
+
+func newBackend(cfg Config, open func() (socket, error)) (*Backend, error) {
+	if err := cfg.complete(); err != nil {
+		return nil, err
+	}
+	b := &Backend{
+		cfg: cfg, reqid: uint32(cfg.ReqID), window: cfg.Window, log: cfg.Logger, //nolint:gosec // checked by complete
+		wake: make(chan struct{}, 1), stopped: make(chan struct{}), sets: make(map[uint64]set),
+	}
+	sock, err := open()
+	if err != nil {
+		return nil, classify(err)
+	}
+	b.conn = newConn(sock)
+	if sock, err = open(); err != nil {
+		return nil, errors.Join(classify(err), b.conn.sock.close())
+	}
+	b.query = newConn(sock)
+	if err := b.start(); err != nil {
+		return nil, errors.Join(err, b.closeSockets())
+	}
+	go b.work()
+	return b, nil
+}
+
+// complete fills in defaults and reports what is wrong.
+func (c *Config) complete() error {
+	if c.ReqID == 0 {
+		c.ReqID = DefaultReqID
+	}
+	if c.Window == 0 {
+		c.Window = DefaultWindow
+	}
+	if c.Queue == 0 {
+		c.Queue = DefaultQueue
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	c.Local, c.ServerPorts, c.ClientPorts = slices.Clone(c.Local), slices.Clone(c.ServerPorts), slices.Clone(c.ClientPorts)
+	var errs []error
+	if len(c.Local) == 0 || len(c.ServerPorts) == 0 || len(c.ClientPorts) == 0 {
+		errs = append(errs, errors.New("local addresses, server ports and client ports are all needed"))
+	}
+	for _, a := range c.Local {
+		if !usable(a) {
+			errs = append(errs, fmt.Errorf("local address %s cannot have SAs", a))
+		}
+	}
+	if slices.Contains(c.ServerPorts, 0) || slices.Contains(c.ClientPorts, 0) {
+		errs = append(errs, errors.New("protected port 0"))
+	}
+	if c.ReqID < 0 || c.ReqID > 1<<31-1 {
+		errs = append(errs, fmt.Errorf("reqid %d is out of range", c.ReqID))
+	}
+	if c.Window < 1 || c.Window > maxWindow {
+		errs = append(errs, fmt.Errorf("replay window %d is not between 1 and %d", c.Window, maxWindow))
+	}
+	if c.Queue < 0 {
+		errs = append(errs, fmt.Errorf("queue of %d requests", c.Queue))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("configure XFRM: %w", err)
+	}
+	return nil
+}
+
+// usable reports whether an address may be one end of an SA: a plain unicast address. Link-local ones are not, since
+// their interface is not part of a selector.
+func usable(a netip.Addr) bool {
+	return a.IsValid() && !a.Is4In6() && a.Zone() == "" && !a.IsUnspecified() && !a.IsMulticast() && !a.IsLinkLocalUnicast()
+}
+
+// start makes the kernel ready for the first SA set.
+func (b *Backend) start() error {
+	b.support = probe(b.conn)
+	if err := b.support.Err(); err != nil {
+		return fmt.Errorf("probe XFRM: %w", err)
+	}
+	for _, a := range b.cfg.Local {
+		if a.Is4() && !b.support.V4 || a.Is6() && !b.support.V6 {
+			return fmt.Errorf("probe XFRM for %s: %w", a, ErrNoESP)
+		}
+	}
+	b.log.Info("probed XFRM", slog.Any("support", &b.support))
+	if b.window > legacyWindow && !b.support.largeWindow {
+		b.log.Warn("kernel refuses the replay window", slog.Int("wanted", b.window), slog.Int("used", legacyWindow))
+		b.window = legacyWindow
+	}
+
+	n, err := b.conn.sweep(b.owned)
+	if err != nil {
+		return fmt.Errorf("remove SAs of an earlier run: %w", err)
+	}
+	if n > 0 {
+		b.log.Warn("removed SAs of an earlier run", slog.Int("count", n))
+	}
+	ports := slices.Concat(b.cfg.ServerPorts, b.cfg.ClientPorts)
+	slices.Sort(ports)
+	b.policies = constantPolicies(b.cfg.Local, slices.Compact(ports), b.reqid)
+	if err := protect(b.conn, b.policies, b.reqid, b.log); err != nil {
+		return errors.Join(err, b.unprotect())
+	}
+	warnFacts(b.cfg.NS, ports, b.log)
+	return nil
+}
+
+// owned reports whether a state carries our mark.
+func (b *Backend) owned(h stateHead) bool { return h.esp && h.reqid == b.reqid }
+
+// unprotect removes the constant policies.
+func (b *Backend) unprotect() error {
+	ids := make([]policyID, len(b.policies))
+	for i := range ids {
+		ids[i] = b.policies[i].policyID
+	}
+	return unprotect(b.conn, ids)
+}
+
+func (b *Backend) closeSockets() error {
+	b.queryMu.Lock()
+	defer b.queryMu.Unlock()
+	return errors.Join(b.conn.sock.close(), b.query.sock.close())
+}
+
+// Support returns what the probe of New found.
+func (b *Backend) Support() Support { return b.support }
+
+// Install implements sa.Installer. Beside the kernel's errors, done may get one wrapping ErrParams, ErrDuplicate,
+// ErrBusy or ErrClosed.
+func (b *Backend) Install(p sa.Params, done func(error)) {
+	p.Keys = p.Keys.Clone()
+	b.enqueue(request{op: opInstall, p: p, done: done})
+}
+
+// Remove implements sa.Installer. A set that this process did not install, or removed before, is left alone. After an
+// error the set still counts as installed and Remove may be tried again.
+func (b *Backend) Remove(p sa.Params, done func(error)) {
+	p.Keys = ims.ESPKeys{}
+	b.enqueue(request{op: opRemove, p: p, done: done})
+}
+
+// Extend implements sa.Installer. Keys are not looked at. Zero takes the limit away. done may get one wrapping
+// ErrUnknown, and ESRCH if the kernel has removed an SA of the set because its limit had passed.
+func (b *Backend) Extend(p sa.Params, hard time.Duration, done func(error)) {
+	p.Keys = ims.ESPKeys{}
+	b.enqueue(request{op: opExtend, p: p, hard: hard, done: done})
+}
+
+// enqueue hands a request to the worker. Removals are always taken: there are never more than sets, and refusing one
+// would leave SAs behind.
+func (b *Backend) enqueue(r request) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.closed:
+		go r.cancel()
+		return
+	case r.op != opRemove && b.waiting >= b.cfg.Queue:
+		r.p.Keys.Zero()
+		b.refused = append(b.refused, r.done)
+	default:
+		b.queue = append(b.queue, r)
+		b.waiting++
+	}
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// cancel answers a request that came too late. A removal has its wish: Close removes everything.
+func (r *request) cancel() {
+	r.p.Keys.Zero()
+	if r.op == opRemove {
+		r.done(nil)
+	} else {
+		r.done(ErrClosed)
+	}
+}
+
+// Count implements sa.Installer: the SAs of all sets installed and not removed. A set whose hard limit passed counts
+// until it is removed; KernelCount tells what the kernel really has.
+func (b *Backend) Count() int { return int(b.installed.Load()) }
+
+// KernelCount returns the number of states in the namespace as the kernel counts them, foreign ones included.
+func (b *Backend) KernelCount() (int, error) { return b.count((*conn).countStates) }
+
+// PolicyCount returns the number of policies in the namespace as the kernel counts them, foreign ones included.
+func (b *Backend) PolicyCount() (int, error) { return b.count((*conn).countPolicies) }
+
+func (b *Backend) count(f func(*conn) (int, error)) (int, error) {
+	b.queryMu.Lock()
+	defer b.queryMu.Unlock()
+	return f(b.query)
+}
+
+// Statistics returns the XFRM counters of the namespace (/proc/net/xfrm_stat), by the kernel's names, such as
+// XfrmInTmplMismatch for clear packets to a protected port.
+func (b *Backend) Statistics() (map[string]uint64, error) { return statistics(b.cfg.NS) }
+
+// Close implements sa.Installer: requests still waiting fail, then our SAs go, then our policies. Sockets of the
+// protected ports should be closed before, because nothing refuses clear packets to them afterwards. A done callback
+// must not call Close.
+func (b *Backend) Close() error {
+	b.mu.Lock()
+	again := b.closed
+	if b.closed = true; !again {
+		close(b.wake)
+	}
+	b.mu.Unlock()
+	<-b.stopped
+	if again {
+		return nil
+	}
+
+	// By reqid rather than from our books: this also catches what a failed removal left.
+	_, err := b.conn.sweep(b.owned)
+	b.installed.Store(0)
+	return errors.Join(err, b.unprotect(), b.closeSockets())
+}

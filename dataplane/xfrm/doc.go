@@ -1,0 +1,37 @@
+// Package xfrm puts SA sets into the Linux kernel: it implements sa.Installer on the XFRM netlink interface.
+//
+// # What stands in the kernel
+//
+// Policies are constant. For every Gm address and every protected port there is one policy in and one out, open towards
+// the peer, whose template demands transport-mode ESP with our reqid; they are there before the first SA and stay until
+// Close. A packet of a protected port that no SA covers is therefore dropped in both directions, whoever sends it
+// (TS 33.203 §7.1: nothing for a protected port in clear). There is no policy per phone: per-phone policies would leave
+// clear packets of every other address alone. See policy.go for the block policies beside them.
+//
+// States are four per SA set (TS 33.203 §7.1). Each has a selector with both addresses and both ports and any protocol,
+// so that one phone's SA never carries another phone's address (the kernel counts XfrmInStateMismatch) and UDP and TCP
+// both work. Inbound states label the packets they decrypt with Params.Label as packet mark; no routing rule may match
+// these marks. All states carry our reqid, so they can be told from those of other programs.
+//
+// # Invariants
+//
+//   - A set is in the kernel whole or not at all: every message asks for an acknowledgement, each is matched to its
+//     message by sequence number, and whatever a failed Install added is taken out again before done is called.
+//   - Objects of other programs are never changed: states are removed only if this process added them or if they carry
+//     our reqid, policies only with our tag in their selector.
+//   - Whatever is left behind by a crash is safe: the policies keep refusing clear packets, the states end with their
+//     hard limit, and the next New takes both over.
+//   - Nothing here formats a key or a netlink message; buffers that held keys are overwritten.
+//
+// One Backend per network namespace and reqid.
+//
+// # Concurrency
+//
+// Install, Remove and Extend queue a request and return; one worker goroutine executes them in order, several SA sets
+// per system call, and calls done. Count, KernelCount, PolicyCount and Statistics may be called from any goroutine.
+//
+// # Time
+//
+// The kernel measures the hard limit on the wall clock: stepping the clock forward ends SAs early. The limit is only a
+// backstop for a crash; the lifetime of TS 33.203 §7.4 is kept by package sa.
+package xfrm

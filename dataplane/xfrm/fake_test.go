@@ -1,0 +1,266 @@
+package xfrm
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync"
+	"testing"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/sa"
+)
+
+// fakeKernel answers netlink messages from two maps, and misbehaves on request.
+type fakeKernel struct {
+	mu       sync.Mutex
+	states   map[stateID]stateHead
+	policies map[policyID]nl.XfrmUserpolicyInfo
+	sends    [][]uint16                              // message types of every send, in order
+	refuse   func(typ uint16, id stateID) unix.Errno // error for a state message, 0 to go on
+	mute     func(typ uint16, id stateID) bool       // executes the message but loses its acknowledgement
+	gate     chan struct{}                           // if not nil, each send waits for a value
+}
+
+func newFakeKernel() *fakeKernel {
+	return &fakeKernel{states: map[stateID]stateHead{}, policies: map[policyID]nl.XfrmUserpolicyInfo{}}
+}
+
+// open makes another socket to the same kernel.
+func (k *fakeKernel) open() (socket, error) { return &fakeSocket{k: k}, nil }
+
+func (k *fakeKernel) count() (states, policies int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.states), len(k.policies)
+}
+
+type fakeSocket struct {
+	k     *fakeKernel
+	queue [][]byte
+}
+
+func (s *fakeSocket) close() error { return nil }
+
+func (s *fakeSocket) recv(b []byte) (int, error) {
+	if len(s.queue) == 0 {
+		return 0, unix.EAGAIN
+	}
+	n := copy(b, s.queue[0])
+	s.queue = s.queue[1:]
+	return n, nil
+}
+
+func (s *fakeSocket) send(b []byte) error {
+	if s.k.gate != nil {
+		<-s.k.gate
+	}
+	s.k.mu.Lock()
+	defer s.k.mu.Unlock()
+	var types []uint16
+	for len(b) > 0 {
+		n := binary.NativeEndian.Uint32(b)
+		types = append(types, binary.NativeEndian.Uint16(b[4:]))
+		s.one(b[:unix.SizeofNlMsghdr], b[unix.SizeofNlMsghdr:n])
+		b = b[n:]
+	}
+	s.k.sends = append(s.k.sends, types)
+	return nil
+}
+
+func (s *fakeSocket) one(head, body []byte) {
+	typ, flags, seq := binary.NativeEndian.Uint16(head[4:]), binary.NativeEndian.Uint16(head[6:]), binary.NativeEndian.Uint32(head[8:])
+	var code unix.Errno
+	id := bodyID(typ, body)
+	if s.k.refuse != nil {
+		code = s.k.refuse(typ, id)
+	}
+	if code == 0 {
+		code = s.execute(typ, flags, seq, id, body)
+	}
+	if s.k.mute != nil && s.k.mute(typ, id) {
+		return
+	}
+	end := uint16(unix.NLMSG_ERROR)
+	if flags&unix.NLM_F_DUMP == unix.NLM_F_DUMP {
+		end = unix.NLMSG_DONE
+	}
+	s.reply(end, seq, append(binary.NativeEndian.AppendUint32(nil, uint32(-int32(code))), head...))
+}
+
+func (s *fakeSocket) execute(typ, flags uint16, seq uint32, id stateID, body []byte) unix.Errno {
+	switch typ {
+	case nl.XFRM_MSG_NEWSA:
+		if _, ok := s.k.states[id]; ok {
+			return unix.EEXIST
+		}
+		h, err := parseState(body)
+		if err != nil {
+			return unix.EINVAL
+		}
+		s.k.states[id] = h
+	case nl.XFRM_MSG_UPDSA:
+		if _, ok := s.k.states[id]; !ok {
+			return unix.ESRCH
+		}
+	case nl.XFRM_MSG_DELSA:
+		if _, ok := s.k.states[id]; !ok {
+			return unix.ESRCH
+		}
+		delete(s.k.states, id)
+	case nl.XFRM_MSG_UPDPOLICY:
+		p, err := parsePolicy(body)
+		if err != nil {
+			return unix.EINVAL
+		}
+		s.k.policies[policyID{p.Sel, p.Dir}] = p
+	case nl.XFRM_MSG_DELPOLICY:
+		i := nl.DeserializeXfrmUserpolicyId(body)
+		if _, ok := s.k.policies[policyID{i.Sel, i.Dir}]; !ok {
+			return unix.ENOENT
+		}
+		delete(s.k.policies, policyID{i.Sel, i.Dir})
+	case nl.XFRM_MSG_GETSA:
+		for id, h := range s.k.states {
+			i := nl.XfrmUsersaInfo{Family: family(id.dst), Reqid: h.reqid}
+			i.Id = nl.XfrmId{Daddr: address(id.dst), Spi: nl.Swap32(uint32(id.spi)), Proto: unix.IPPROTO_ESP}
+			s.reply(nl.XFRM_MSG_NEWSA, seq, i.Serialize())
+		}
+	case nl.XFRM_MSG_GETPOLICY:
+		for _, p := range s.k.policies {
+			s.reply(nl.XFRM_MSG_NEWPOLICY, seq, p.Serialize())
+		}
+	case nl.XFRM_MSG_GETSADINFO:
+		b := append(make([]byte, 4), attrBytes(attrSADCount, binary.NativeEndian.AppendUint32(nil, uint32(len(s.k.states))))...)
+		s.reply(nl.XFRM_MSG_NEWSADINFO, seq, b)
+	case nl.XFRM_MSG_GETSPDINFO:
+		v := make([]byte, 24)
+		for id := range s.k.policies {
+			binary.NativeEndian.PutUint32(v[4*id.dir:], binary.NativeEndian.Uint32(v[4*id.dir:])+1)
+		}
+		s.reply(nl.XFRM_MSG_NEWSPDINFO, seq, append(make([]byte, 4), attrBytes(attrSPDInfo, v)...))
+	default:
+		return unix.EINVAL
+	}
+	return 0
+}
+
+func (s *fakeSocket) reply(typ uint16, seq uint32, body []byte) {
+	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = binary.NativeEndian.AppendUint16(b, 0)
+	b = binary.NativeEndian.AppendUint32(b, seq)
+	b = binary.NativeEndian.AppendUint32(b, 0)
+	s.queue = append(s.queue, append(b, body...))
+}
+
+func attrBytes(typ uint16, value []byte) []byte {
+	var m messages
+	m.attr(typ, value)
+	return m.buf
+}
+
+// bodyID returns which state a message is about.
+func bodyID(typ uint16, body []byte) stateID {
+	switch typ {
+	case nl.XFRM_MSG_NEWSA, nl.XFRM_MSG_UPDSA:
+		h, _ := parseState(body)
+		return h.id
+	case nl.XFRM_MSG_DELSA:
+		i := nl.DeserializeXfrmUsersaId(body)
+		return stateID{netipOf(i.Daddr, i.Family), ims.SPI(nl.Swap32(i.Spi))}
+	}
+	return stateID{}
+}
+
+// Addresses and ports of the tests.
+var (
+	gm4, gm6 = netip.MustParseAddr("10.45.0.5"), netip.MustParseAddr("2001:db8:45::5")
+	serverPS = uint16(6100)
+	clientPC = uint16(6110)
+	otherPC  = uint16(6111)
+)
+
+func testConfig() Config {
+	return Config{
+		Local: []netip.Addr{gm4, gm6}, ServerPorts: []uint16{serverPS}, ClientPorts: []uint16{clientPC, otherPC},
+	}
+}
+
+// policiesOf is the number of policies for testConfig: two addresses, three ports, three directions.
+const policiesOf = 2 * 3 * 3
+
+// ueAddr is the address of the i-th phone.
+func ueAddr(i int, v6 bool) netip.Addr {
+	if v6 {
+		return netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0x45, 14: byte(i >> 8), 15: byte(100 + i)})
+	}
+	return netip.AddrFrom4([4]byte{10, 45, byte(1 + i>>8), byte(i)})
+}
+
+// testKeys returns keys of the right lengths, different for every phone.
+func testKeys(s ims.Suite, ue int) ims.ESPKeys {
+	k := blankKeys(s)
+	for i := range k.Enc {
+		k.Enc[i] = byte(i*7 + ue)
+	}
+	for i := range k.Auth {
+		k.Auth[i] = byte(i*11 + ue)
+	}
+	if s.Enc == ims.EncAESGCM || s.Alg == ims.AlgAESGMAC {
+		k.Salt = [4]byte{1, 2, 3, byte(ue)}
+	}
+	return k
+}
+
+var gcm = ims.Suite{Alg: ims.AlgNull, Enc: ims.EncAESGCM}
+
+// testSet returns the parameters of the i-th phone's SA set.
+func testSet(i int, v6 bool, s ims.Suite) sa.Params {
+	p := sa.Params{
+		ID: uint64(i) + 1, Label: uint32(i) + 1000, Local: gm4, UE: ueAddr(i, v6),
+		Ports: ims.Ports{UC: 6301, US: 6300, PC: clientPC, PS: serverPS},
+		SPIs:  ims.SPIs{UC: 0x2001, US: 0x2002, PC: ims.SPI(0x10000 + 2*i), PS: ims.SPI(0x10001 + 2*i)},
+		Keys:  testKeys(s, i),
+	}
+	if v6 {
+		p.ID += 1 << 32
+		p.Local = gm6
+	}
+	return p
+}
+
+// wait runs one request and returns what done got.
+func wait(t *testing.T, f func(done func(error))) error {
+	t.Helper()
+	c := make(chan error, 2)
+	f(func(err error) { c <- err })
+	return <-c
+}
+
+func install(t *testing.T, b *Backend, p sa.Params) error {
+	t.Helper()
+	return wait(t, func(done func(error)) { b.Install(p, done) })
+}
+
+func remove(t *testing.T, b *Backend, p sa.Params) error {
+	t.Helper()
+	return wait(t, func(done func(error)) { b.Remove(p, done) })
+}
+
+// newFake returns a backend on a fake kernel.
+func newFake(t *testing.T, k *fakeKernel, cfg Config) *Backend {
+	t.Helper()
+	b, err := newBackend(cfg, k.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := b.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+	return b
+}
