@@ -153,10 +153,11 @@ func (c *Core) registrar(in *incoming, b Behaviour) *sipwire.Message {
 		}
 		return c.accept200(in, acc, pending)
 	case integrity == "yes" && bound && !b.AlwaysChallenge:
-		if last != nil && p.Get("nonce") == last.nonce {
-			if want, err := c.digest(m, p, last.vector); err != nil || want != response {
-				c.problem(in.seen, "response of a re-registration does not fit the last challenge")
-			}
+		// The answer is not needed, but a damaged Authorization shows here.
+		if last == nil || p.Get("nonce") != last.nonce {
+			c.problem(in.seen, "re-registration with a nonce that is not the last one")
+		} else if want, err := c.digest(m, p, last.vector); err != nil || want != response {
+			c.problem(in.seen, "response of a re-registration does not fit the last challenge")
 		}
 		return c.accept200(in, acc, last)
 	}

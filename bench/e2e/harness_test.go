@@ -290,7 +290,7 @@ func (f *fixture) ueConfig(t *testing.T) ue.Config {
 	i := f.take(t)
 	s := f.subs[i]
 	return ue.Config{
-		Identity:  ue.Identity{IMPI: s.IMPI, IMPU: s.IMPU[0], Domain: s.Domain, K: s.K, OPc: s.OPc},
+		Identity:  ue.Identity{IMPI: s.IMPI, Domain: s.Domain, K: s.K, OPc: s.OPc},
 		Addr:      f.lab.Plan().UE(i),
 		Transport: ims.UDP,
 	}

@@ -74,10 +74,10 @@ func (c *Config) checkProtectedPorts(r *report) {
 	}{{"gm.server_ports", c.Gm.ServerPorts}, {"gm.client_ports", c.Gm.ClientPorts}} {
 		for i, port := range list.ports {
 			path := r.element(list.path, i)
-			switch {
-			case port == 5060 || port == 5061:
+			switch port {
+			case 5060, 5061:
 				r.addf(path, "%d is a port of unprotected SIP and cannot be a protected one (TS 33.203 section 7.1)", port)
-			case port == c.Gm.Port:
+			case c.Gm.Port:
 				r.addf(path, "%d is the unprotected port, gm.port", port)
 			}
 		}

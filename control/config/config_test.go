@@ -178,7 +178,8 @@ func TestFields(t *testing.T) {
 		},
 		Security: Security{
 			Algorithms: []ims.Suite{
-				{Alg: ims.AlgAESGMAC, Enc: ims.EncNull}, {Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
+				{Alg: ims.AlgAESGMAC, Enc: ims.EncNull},
+				{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
 				{Alg: ims.AlgHMACMD5, Enc: ims.EncDESEDE3CBC},
 			},
 			DisableDeprecated: true, SecurityServer: ServerList, NoCommonAlgorithm: 400, VerifyMismatch: 400,
@@ -215,8 +216,10 @@ func TestSuites(t *testing.T) {
 	}
 	s.DisableDeprecated = true
 	want := []ims.Suite{
-		{Alg: ims.AlgNull, Enc: ims.EncAESGCM}, {Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
-		{Alg: ims.AlgAESGMAC, Enc: ims.EncNull}, {Alg: ims.AlgHMACSHA1, Enc: ims.EncNull},
+		{Alg: ims.AlgNull, Enc: ims.EncAESGCM},
+		{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
+		{Alg: ims.AlgAESGMAC, Enc: ims.EncNull},
+		{Alg: ims.AlgHMACSHA1, Enc: ims.EncNull},
 	}
 	if got := s.Suites(); !slices.Equal(got, want) {
 		t.Errorf("Suites = %v, want %v", got, want)
@@ -337,8 +340,15 @@ func TestEditDistance(t *testing.T) {
 		a, b string
 		want int
 	}{
-		{"", "", 0}, {"port", "port", 0}, {"prot", "port", 1}, {"pot", "port", 1}, {"ports", "port", 1},
-		{"adress", "addresses", 3}, {"abc", "", 3}, {"", "abc", 3}, {"kitten", "sitting", 3},
+		{"", "", 0},
+		{"port", "port", 0},
+		{"prot", "port", 1},
+		{"pot", "port", 1},
+		{"ports", "port", 1},
+		{"adress", "addresses", 3},
+		{"abc", "", 3},
+		{"", "abc", 3},
+		{"kitten", "sitting", 3},
 	} {
 		if got := editDistance(tt.a, tt.b); got != tt.want {
 			t.Errorf("editDistance(%q, %q) = %d, want %d", tt.a, tt.b, got, tt.want)

@@ -629,7 +629,7 @@ func hostsField(key, doc string) field {
 			}
 		},
 		show: func(c *Config) string {
-			var words []string
+			words := make([]string, 0, len(c.Mw.Hosts))
 			for _, name := range slices.Sorted(maps.Keys(c.Mw.Hosts)) {
 				words = append(words, showText(name)+": "+quoted(c.Mw.Hosts[name]))
 			}

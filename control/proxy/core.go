@@ -88,13 +88,16 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 	w.e.Str(" ")
 	w.e.AddrPort(netip.AddrPortFrom(s.Params.Local, s.Ports.PS))
 	w.e.Str(";branch=")
-	w.putBranch(token{
-		kind: tokenToUE, worker: uint8(w.id), ue: u.Index, gen: u.Gen, set: s.Serial, identity: uint8(called + 1),
-	}, w.answerDigits(&below, back))
+	w.putBranch(token{kind: tokenToUE, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, w.answerDigits(&below, back))
+	if called > 0 && called <= 255 { // no hint means the default identity
+		w.putHint(uint8(called), 0)
+	}
 	w.e.Str("\r\n")
 	if dialogForming(method) && !w.inDialog() {
 		w.e.Str("Record-Route: <sip:")
-		w.e.Raw(w.seal.seal(&w.sc, w.pathToken(u)))
+		self := w.pathToken(u)
+		self.called = true
+		w.e.Raw(w.seal.seal(&w.sc, self))
 		w.putSelf(s, true, tcp)
 		w.e.Str(">\r\n")
 	}
@@ -236,7 +239,8 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 		return
 	}
 	// The answer goes over the set of the request while that lives, else over the one in use.
-	s := u.Set(t.set)
+	serial, how := w.readHint(&via)
+	s := u.Set(serial)
 	if s == nil {
 		s = u.Current
 	}
@@ -248,7 +252,7 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 	w.e.PopElement(m, sipmsg.Via)
 	w.stripFromCore(u)
 	if dialogForming(m.CSeqMethod()) {
-		w.rewriteRecordRoute(s, true, t.how != byUDP)
+		w.rewriteRecordRoute(s, true, channel(how) != byUDP)
 	}
 	if m.Status() == 503 {
 		// RFC 3261 §16.7: a 503 speaks of the core, and phones would take it as a reason to leave this P-CSCF.
@@ -261,5 +265,5 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 	if !w.finish() {
 		return
 	}
-	w.sendToUE(s, t.how, w.out, sipmsg.MethodOther)
+	w.sendToUE(s, channel(how), w.out, sipmsg.MethodOther)
 }

@@ -37,6 +37,31 @@ func (w *Worker) hex64(v uint64) []byte {
 
 func put64(b []byte, v uint64) { binary.BigEndian.PutUint64(b, v) }
 
+// hintParam is a parameter of our Via that carries what may differ between an INVITE and its CANCEL, and so must not be
+// part of the branch: two octets in hexadecimal. It is a hint and no proof. On requests to the core: the serial of the SA
+// set and the channel. On requests to a UE: one of its identities, which it may choose itself anyhow.
+const hintParam = "gm"
+
+func (w *Worker) putHint(a, b uint8) {
+	w.e.Str(";" + hintParam + "=")
+	w.text = hex.AppendEncode(w.text[:0], []byte{a, b})
+	w.e.Raw(w.text)
+}
+
+// readHint reads the parameter out of the top Via of the current answer, zeros if there is none.
+func (w *Worker) readHint(v *sipmsg.ViaParm) (a, b uint8) {
+	top := w.m.Get(sipmsg.Via)
+	p, ok := sipmsg.Param(top[v.ParamsAt:v.Len], hintParam)
+	if !ok || len(p) != 4 {
+		return 0, 0
+	}
+	var out [2]byte
+	if _, err := hex.Decode(out[:], p); err != nil {
+		return 0, 0
+	}
+	return out[0], out[1]
+}
+
 // readBranch takes our branch apart. It reports false for one that we did not make.
 func (w *Worker) readBranch(b []byte) (t token, digits []byte, ok bool) {
 	if len(b) != branchLen || string(b[:len(branchMark)]) != branchMark {
@@ -250,18 +275,21 @@ func answerTarget(v *sipmsg.ViaParm) (ims.Hop, bool) {
 // answerDigits binds our branch on a request to a UE to the transaction of the core and to where its answers go: a UE
 // cannot have an answer sent anywhere else.
 func (w *Worker) answerDigits(v *sipmsg.ViaParm, h ims.Hop) uint64 {
-	var b [19]byte
+	var b [18]byte // no transport: some cores send INVITE and CANCEL by different ones
 	a := h.Addr.Addr().As16()
 	copy(b[:], a[:])
 	binary.BigEndian.PutUint16(b[16:], h.Addr.Port())
-	b[18] = byte(h.Transport)
 	w.text = append(w.text[:0], b[:]...)
 	return w.seal.mac(&w.sc, w.text, v.Branch)
 }
 
 // rewriteRecordRoute changes the address in our own Record-Route entries of an answer to the one that the receiver must
 // use: port-ps towards the UE, the Mw port towards the core.
+//
+// Where both ends of a dialog are phones of ours there are two entries; only the one on the side of this UE changes.
 func (w *Worker) rewriteRecordRoute(s *registrar.Set, toUE, tcp bool) {
+	ours := w.pathToken(s.UE)
+	ours.called = !toUE // an answer that goes to the UE means that it is the calling side
 	for _, row := range w.m.Rows() {
 		if row.ID != sipmsg.RecordRoute {
 			continue
@@ -278,7 +306,7 @@ func (w *Worker) rewriteRecordRoute(s *registrar.Set, toUE, tcp bool) {
 			if err != nil || len(u.User) != tokenLen || !w.ownGm(&u) && !w.ownMw(&u) {
 				continue
 			}
-			if t, ok := w.seal.open(&w.sc, u.User); !ok || t.kind != tokenPath {
+			if t, ok := w.seal.open(&w.sc, u.User); !ok || t != ours {
 				continue
 			}
 			start := w.offset(u.User) + len(u.User)

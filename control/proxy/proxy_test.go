@@ -863,10 +863,59 @@ func TestDialogFromUE(t *testing.T) {
 	}
 	// CANCEL and the ACK of a non-2xx go the way of the INVITE, with its branch.
 	for _, method := range []string{"CANCEL", "ACK"} {
-		same := r.one(p.protectedFlow, strings.NewReplacer("MESSAGE", method).Replace(p.message()))
-		if get(t, same.msg, sipmsg.Via) != get(t, req.msg, sipmsg.Via) || same.remote != req.remote {
+		r.l.conns[5] = true // also when they come another way
+		same := r.one(p.tcpFlow(5), strings.NewReplacer("MESSAGE", method).Replace(p.message()))
+		if branch(t, same.msg) != branch(t, req.msg) || same.remote != req.remote {
 			t.Errorf("%s goes to %v with %s", method, same.remote, get(t, same.msg, sipmsg.Via))
 		}
+	}
+}
+
+func branch(t testing.TB, msg string) string {
+	t.Helper()
+	v, err := sipmsg.ParseVia([]byte(get(t, msg, sipmsg.Via)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(v.Branch)
+}
+
+// A dialog between two phones of one gate has two entries of ours in Record-Route: each side sees its own changed.
+func TestDialogWithin(t *testing.T) {
+	r := newRig(t)
+	p := r.registered()
+	toCore := r.one(p.protectedFlow, strings.NewReplacer("MESSAGE", "INVITE").Replace(p.message()))
+	mo := get(t, toCore.msg, sipmsg.RecordRoute)
+	from := coreFlow()
+	from.Remote = netip.MustParseAddrPort("10.0.1.7:6060")
+	toUE := r.one(from, strings.Replace(mtInvite(r.path(p), ""), "Record-Route: <sip:10.0.1.7:6060;lr>",
+		"Record-Route: <sip:10.0.1.7:6060;lr>, "+mo, 1))
+	back := r.one(p.protectedFlow, answerTo(t, toUE.msg, "200 OK"))
+	var got []string
+	for _, row := range scan(t, back.msg).Rows() {
+		if row.ID == sipmsg.RecordRoute {
+			got = append(got, string(scan(t, back.msg).Value(row)))
+		}
+	}
+	if len(got) != 2 || !strings.HasSuffix(got[0], "@10.0.1.5:5060;lr>") || !strings.HasSuffix(got[1], mo) {
+		t.Errorf("towards the core: %q, the caller's entry was %s", got, mo)
+	}
+	last := r.one(coreFlow(), strings.Replace(answerTo(t, toCore.msg, "200 OK"), "Record-Route: ", "Record-Route: "+got[0]+", ", 1))
+	ours := get(t, last.msg, sipmsg.RecordRoute)
+	if !strings.Contains(ours, got[0]) || !strings.HasSuffix(ours, fmt.Sprintf("@10.0.0.5:%d;lr>", p.ps)) {
+		t.Errorf("towards the caller: %s", ours)
+	}
+}
+
+// CANCEL reaches the UE with the branch of its INVITE, although it has no P-Called-Party-ID.
+func TestCancelToUE(t *testing.T) {
+	r := newRig(t)
+	p := r.registered()
+	invite := r.one(coreFlow(), mtInvite(r.path(p), ""))
+	cancel := strings.NewReplacer("INVITE sip", "CANCEL sip", "CSeq: 1 INVITE", "CSeq: 1 CANCEL",
+		"P-Called-Party-ID: <tel:+15550100001>\r\n", "").Replace(mtInvite(r.path(p), ""))
+	if got := r.one(coreFlow(), cancel); branch(t, got.msg) != branch(t, invite.msg) {
+		t.Errorf("branches %s and %s", branch(t, got.msg), branch(t, invite.msg))
 	}
 }
 
@@ -1077,7 +1126,7 @@ func TestTokens(t *testing.T) {
 		t.Fatal(err)
 	}
 	var s scratch
-	want := token{kind: tokenToUE, worker: 3, ue: 0xabcdef, gen: 0x1234, set: 9, identity: 2, how: byConnIn}
+	want := token{kind: tokenToUE, worker: 3, ue: 0xabcdef, gen: 0x1234, called: true}
 	text := bytes.Clone(z.seal(&s, want))
 	got, ok := z.open(&s, text)
 	if !ok || got != want {

@@ -21,19 +21,17 @@ const (
 	tokenRegister                      // our Via on a REGISTER
 )
 
-// token is what a sealed flow token says.
+// token is what a sealed flow token says. In a branch it must be the same for an INVITE, its CANCEL and the ACK of a
+// non-2xx answer, whatever set or connection those come by.
 type token struct {
-	kind     tokenKind
-	worker   uint8
-	ue       uint32 // 24 bits
-	gen      uint16
-	set      uint8 // serial of the SA set; zero: any
-	identity uint8 // tokenToUE: 1 + index of the identity which was called, zero if unknown
-	how      channel
+	kind   tokenKind
+	worker uint8
+	ue     uint32 // 24 bits
+	gen    uint16
+	called bool // tokenPath in Record-Route: the UE is the called side of the dialog
 }
 
-// channel says how a UE's request came in, which decides how the answer goes out. It is part of the branch, so it must
-// be the same for an INVITE and its CANCEL: no number of a connection.
+// channel says how a request of a UE came in, which decides how the answer goes out.
 type channel uint8
 
 const (
@@ -47,8 +45,8 @@ const (
 const tokenLen = 22
 
 // tokenZeros is how many octets of the sealed block must come out as zero: a forged token passes with a probability of
-// 2^-48 per attempt, and every attempt is a message that is counted.
-const tokenZeros = 6
+// 2^-64 per attempt, and every attempt is a message that is counted.
+const tokenZeros = 8
 
 // sealer seals and opens flow tokens: one AES block encryption under a random key makes them confidential, and the
 // zero octets in the block make them authentic. Safe for concurrent use.
@@ -86,10 +84,11 @@ func (z sealer) seal(s *scratch, t token) []byte {
 	b[1] = t.worker
 	put24(b[2:], t.ue)
 	binary.BigEndian.PutUint16(b[5:], t.gen)
-	b[7] = t.set
-	b[8] = t.identity
-	b[9] = byte(t.how)
-	clear(b[10:])
+	b[7] = 0
+	if t.called {
+		b[7] = 1
+	}
+	clear(b[8:])
 	z.block.Encrypt(s.out[:], b[:])
 	base64.RawURLEncoding.Encode(s.text[:], s.out[:])
 	return s.text[:]
@@ -105,12 +104,12 @@ func (z sealer) open(s *scratch, text []byte) (token, bool) {
 	}
 	z.block.Decrypt(s.out[:], s.in[:])
 	b := &s.out
-	if [tokenZeros]byte(b[10:]) != [tokenZeros]byte{} {
+	if [tokenZeros]byte(b[8:]) != [tokenZeros]byte{} {
 		return token{}, false
 	}
 	return token{
 		kind: tokenKind(b[0]), worker: b[1], ue: get24(b[2:]), gen: binary.BigEndian.Uint16(b[5:]),
-		set: b[7], identity: b[8], how: channel(b[9]),
+		called: b[7] != 0,
 	}, true
 }
 

@@ -63,9 +63,8 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 	w.e.Str(" ")
 	w.e.AddrPort(w.mwAddr(hop.Addr.Addr()))
 	w.e.Str(";branch=")
-	w.putBranch(token{
-		kind: tokenToCore, worker: uint8(w.id), ue: u.Index, gen: u.Gen, set: s.Serial, how: channelOf(f, s),
-	}, w.requestDigits(&via))
+	w.putBranch(token{kind: tokenToCore, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, w.requestDigits(&via))
+	w.putHint(s.Serial, uint8(channelOf(f, s)))
 	w.e.Str("\r\n")
 	if r.token == nil && dialogForming(method) {
 		w.e.Str("Record-Route: <sip:")
@@ -294,8 +293,8 @@ func (w *Worker) answerFromUE(f ims.Flow, s *registrar.Set) {
 	if dialogForming(m.CSeqMethod()) {
 		w.rewriteRecordRoute(s, false, false)
 	}
-	if i := int(t.identity); i < len(u.Asserted)+1 && len(u.Asserted) > 0 && m.Status() != 100 {
-		w.e.Insert(m.HeadersStart(), u.Asserted[max(i-1, 0)])
+	if called, _ := w.readHint(&via); int(called) < len(u.Asserted) && m.Status() != 100 {
+		w.e.Insert(m.HeadersStart(), u.Asserted[called])
 	}
 	if !w.finish() {
 		return

@@ -118,8 +118,8 @@ func TestOrder(t *testing.T) {
 	w := New(tick, epoch)
 	var tm [6]Timer
 	var got []int
-	for i, d := range []time.Duration{90, 70, 90, 1, 70, 5000} {
-		w.Schedule(&tm[i], d*tick, func() { got = append(got, i) })
+	for i, ticks := range []int{90, 70, 90, 1, 70, 5000} {
+		w.Schedule(&tm[i], time.Duration(ticks)*tick, func() { got = append(got, i) })
 	}
 	w.Advance(epoch.Add(6000 * tick)) // one jump over everything
 	if want := []int{3, 1, 4, 0, 2, 5}; !slices.Equal(got, want) {

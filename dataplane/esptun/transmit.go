@@ -182,7 +182,9 @@ func (h *header) parse(p []byte) (off int, proto byte, reason Reason, ok bool) {
 func (x *transmitter) flush(n int) bool {
 	for x.from = 0; x.from < n; {
 		s := x.socks[x.from]
-		for x.to = x.from + 1; x.to < n && x.socks[x.to] == s; x.to++ {
+		x.to = x.from + 1
+		for x.to < n && x.socks[x.to] == s {
+			x.to++
 		}
 		if err := s.conn.Write(x.writable); err != nil {
 			return false // closed

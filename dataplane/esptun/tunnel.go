@@ -105,6 +105,8 @@ func (c *Config) complete() error {
 		}
 		c.Local[i] = p.Masked()
 	}
+	slices.SortFunc(c.Local, netip.Prefix.Compare)
+	c.Local = slices.Compact(c.Local)
 	c.OuterAddrs = slices.Clone(c.OuterAddrs)
 	slices.SortFunc(c.OuterAddrs, netip.Addr.Compare)
 	c.OuterAddrs = slices.Compact(c.OuterAddrs) // two sockets with one address would share inbound SAs

@@ -52,7 +52,7 @@ func newWorld(t testing.TB) *world {
 			t.Error(err)
 		}
 	})
-	host := []netip.Prefix{netip.PrefixFrom(gm4, 32), netip.PrefixFrom(gm6, 128)}
+	host := []netip.Prefix{netip.PrefixFrom(gm4, 32), netip.PrefixFrom(gm6, 128), netip.PrefixFrom(gm4, 32)}
 	w.gm = openTunnel(t, Config{Outer: w.gmNS, Local: host, OuterAddrs: []netip.Addr{gm4, gm6, gm4}})
 	w.ue = openTunnel(t, Config{Outer: w.ueNS, Local: []netip.Prefix{farm4, farm6}})
 	return w
@@ -100,7 +100,6 @@ func newNamespaces(t testing.TB) *world {
 		must(ns.Sysctl("ipv6.conf.default.accept_dad", "0")) // neighbour discovery needs the link-local address at once
 		must(ns.Sysctl("ipv6.conf.default.accept_ra", "0"))
 	}
-	must(ue.Sysctl("ipv6.ip_nonlocal_bind", "1")) // for the forger only
 	must(gm.Veth("vgm", ue, "vue"))
 	must(gm.AddAddr("vgm", netip.PrefixFrom(gm4, 24)))
 	must(gm.AddAddr("vgm", netip.PrefixFrom(gm6, 64)))
@@ -125,6 +124,15 @@ func newNamespaces(t testing.TB) *world {
 		return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all>>8 | all<<8, Ifindex: ifi.Index})
 	}))
 	return w
+}
+
+// outsiders lets ordinary sockets of the phones' outer namespace use the phones' IPv6 addresses. The tunnel must do
+// without.
+func (w *world) outsiders(t *testing.T) {
+	t.Helper()
+	if err := w.ueNS.Sysctl("ipv6.ip_nonlocal_bind", "1"); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // frame is an IP packet seen on the veth.

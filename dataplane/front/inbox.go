@@ -58,11 +58,12 @@ type inbox struct {
 	shut    bool // the doorbell's descriptor is gone
 }
 
-// push appends a task. must is for results of which somebody waits; they are bounded by what caused them.
+// push appends a task. must is for results of which somebody waits; they are bounded by what caused them, and still
+// taken while the loop ends.
 func (q *inbox) push(t task, must bool) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.closed {
+	if q.shut || (q.closed && !must) {
 		return ErrClosed
 	}
 	if t.run == nil {

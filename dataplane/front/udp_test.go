@@ -106,9 +106,16 @@ func TestUDPIgnored(t *testing.T) {
 }
 
 func TestSendErrors(t *testing.T) {
-	f, _ := run(t, Config{Listeners: []Listener{gm(loop4), {Addr: loop6, Side: ims.Mw, UDP: true, Worker: 0}}}, recorder{})
+	ns := namespace(t) // where nothing is routed
+	f, _ := run(t, Config{Hidden: ns, Listeners: []Listener{
+		{Addr: loop4, Side: ims.GmClear, UDP: true, Hidden: true, Worker: -1},
+		{Addr: loop6, Side: ims.Mw, UDP: true, Hidden: true, Worker: 0},
+	}}, recorder{})
 	at := f.Listeners()[0].Addr
-	sink := udpPeer(t, "", at)
+	var sink *net.UDPConn
+	if err := ns.Do(func() error { sink = udpPeer(t, "", at); return nil }); err != nil {
+		t.Fatal(err)
+	}
 	to := addrOf(sink.LocalAddr())
 	w := f.Worker(0)
 	result := make(chan []error, 1)

@@ -401,14 +401,21 @@ func (w *Worker) wake() (stop bool) {
 	for _, t := range tasks {
 		w.runTask(t)
 	}
-	if tick && !stop {
-		w.tick()
+	if !stop {
+		if tick {
+			w.tick()
+		}
+		return false
 	}
-	if stop {
-		w.readSocketDrops()
-		w.closeAll()
+	for len(tasks) > 0 { // the refusals of what those have asked for
+		tasks, _, _ = w.inbox.take()
+		for _, t := range tasks {
+			w.runTask(t)
+		}
 	}
-	return stop
+	w.readSocketDrops()
+	w.closeAll()
+	return true
 }
 
 // stats returns the published counters.

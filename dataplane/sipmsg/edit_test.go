@@ -321,7 +321,6 @@ func TestEditModel(t *testing.T) {
 		}
 		got, err := e.Append(nil)
 		if conflict {
-			// An insert where one deletion ends and another one goes on has no place of its own either way; both are accepted.
 			if err == nil {
 				t.Fatalf("seed %d: overlap not detected", seed)
 			}

@@ -197,7 +197,7 @@ func NextParam(params []byte) (name, value, rest []byte, ok bool) {
 func HasToken(list []byte, token string) bool {
 	var elem []byte
 	for list != nil {
-		if elem, list = Element(list); EqualFold(elem, token) {
+		if elem, list = Element(list); len(elem) > 0 && EqualFold(elem, token) {
 			return true
 		}
 	}

@@ -267,7 +267,7 @@ func TestParseVia(t *testing.T) {
 	}{
 		{"SIP/2.0/UDP h", want{transport: "UDP", host: "h", len: 13}, true},
 		{"SIP/2.0/UDP 10.45.0.7:5060;branch=z9hG4bKsm1;rport", want{transport: "UDP", host: "10.45.0.7", port: 5060, branch: "z9hG4bKsm1", hasRPort: true, len: 50}, true},
-		{"SIP/2.0/TCP h;RPORT=5;Received=1.2.3.4;BRANCH=x , SIP/2.0/UDP i", want{transport: "TCP", host: "h", branch: "x", received: "1.2.3.4", rport: 5, hasRPort: true, len: 49}, true},
+		{"SIP/2.0/TCP h;RPORT=5;Received=1.2.3.4;BRANCH=x , SIP/2.0/UDP i", want{transport: "TCP", host: "h", branch: "x", received: "1.2.3.4", rport: 5, hasRPort: true, len: 48}, true},
 		{"SIP/2.0/TCP [2001:db8::1]:5060;received=2001:db8::2", want{transport: "TCP", host: "2001:db8::1", port: 5060, host6: true, received: "2001:db8::2", len: 51}, true},
 		{"SIP/2.0/TCP [::1];received=[::2]", want{transport: "TCP", host: "::1", host6: true, received: "::2", len: 32}, true},
 		{"SIP/2.0/UDP h;rport=0", want{transport: "UDP", host: "h", hasRPort: true, len: 21}, true},

@@ -91,17 +91,17 @@ done
 
 { kill $watcher && wait $watcher; } 2>/dev/null
 read -r peak_states peak_policies </tmp/peak
-echo "during: at most $peak_states XFRM states, $peak_policies policies"
+echo "during: up to $peak_states XFRM states, $peak_policies policies seen in samples"
 read -r states policies < <(count)
 echo "after: $states XFRM states, $policies policies"
 ((states + policies)) && { failed=$((failed + 1)); echo "XFRM states or policies are left behind"; ip xfrm policy; }
 
 # Top-level tests only; their subtests are part of them.
 passes=$(grep -c '^--- PASS' /tmp/log) fails=$(grep -c '^--- FAIL' /tmp/log) skips=$(grep -c '^--- SKIP' /tmp/log)
-verdict=OK
-((failed)) && verdict=FAILED
-echo "test-vm $verdict: $packages packages, $passes tests passed, $fails failed, $skips skipped on Linux $(uname -r); states/policies $before before, $peak_states/$peak_policies during, $states/$policies after"
-((failed == 0 && packages > 0))
+verdict=FAILED
+((failed == 0 && passes > 0)) && verdict=OK
+echo "test-vm $verdict: $packages packages, $passes tests passed, $fails failed, $skips skipped on Linux $(uname -r); states/policies $before before, $peak_states/$peak_policies seen during, $states/$policies after"
+[[ $verdict == OK ]]
 GUEST
 
 status=0

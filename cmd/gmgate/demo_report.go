@@ -1,0 +1,297 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/gmgate/gmgate/bench/core"
+	"github.com/gmgate/gmgate/bench/lab"
+	"github.com/gmgate/gmgate/bench/ue"
+	"github.com/gmgate/gmgate/control/ims"
+)
+
+// registrationLadder puts the registration of a phone together from what was observed: the tap sees the clear messages
+// and the ESP packets, the core its own side. Only the core's answers have no time of their own.
+func (d *demo) registrationLadder(p *phone, began time.Time) []rung {
+	at := func(t time.Time) string { return millis(t.Sub(began)) }
+	r := p.last
+	end := func(a netip.Addr, port uint16) string { return netip.AddrPortFrom(a, port).String() }
+	uc, us := end(p.addr, r.Ports.UC), end(p.addr, r.Ports.US)
+	pc, ps := end(d.plan.Gm, r.Ports.PC), end(d.plan.Gm, r.Ports.PS)
+	var clearUp, clearDown lab.ClearSIP
+	for _, m := range d.capture.Clear() {
+		switch {
+		case m.Src.Addr() == p.addr && clearUp.Time.IsZero():
+			clearUp = m
+		case m.Dst.Addr() == p.addr && m.Status == 401:
+			clearDown = m
+		}
+	}
+	var seen []core.Seen
+	for _, s := range d.core.Log() {
+		if s.Method == "REGISTER" && s.Status == 0 && s.IMPI == p.sub.IMPI {
+			seen = append(seen, s)
+		}
+	}
+	var sm7, sm12 lab.ESPFrame
+	byTCP := false
+	for _, f := range d.capture.Frames() {
+		switch {
+		case f.SPI == r.SPIs.PS && f.Src == p.addr && sm7.Time.IsZero():
+			sm7 = f
+		case (f.SPI == r.SPIs.US || f.SPI == r.SPIs.UC) && f.Dst == p.addr && (sm12.Time.IsZero() || f.Len > 200):
+			sm12 = f
+			byTCP = f.SPI == r.SPIs.UC
+		}
+	}
+	rungs := []rung{{"SM1", clearUp.Src.String(), "REGISTER", clearUp.Dst.String(), "clear " + clearUp.Transport.String(), at(clearUp.Time)}}
+	coreSide := func(request, reply string, s core.Seen, answer string) {
+		rungs = append(rungs,
+			rung{request, s.Source.String(), "REGISTER", d.core.Addr().String(), "Mw " + s.Transport.String(), at(s.At)},
+			rung{reply, d.core.Addr().String(), answer, s.Source.String(), "Mw " + s.Transport.String(), ""})
+	}
+	if len(seen) > 0 {
+		coreSide("SM2/3", "SM4/5", seen[0], "401 + CK, IK")
+	}
+	rungs = append(rungs,
+		rung{"SM6", clearDown.Src.String(), "401", clearDown.Dst.String(), "clear " + clearDown.Transport.String(), at(clearDown.Time)},
+		rung{"SM7", uc, "REGISTER", ps, fmt.Sprintf("ESP %s", sm7.SPI), at(sm7.Time)})
+	if len(seen) > 1 {
+		coreSide("SM8/9", "SM10/11", seen[len(seen)-1], "200")
+	}
+	last := rung{"SM12", pc, "200 OK", us, fmt.Sprintf("ESP %s", sm12.SPI), at(sm12.Time)}
+	if byTCP {
+		last.from, last.to = ps, uc
+	}
+	return append(rungs, last)
+}
+
+// setTable describes the four SAs of a set (TS 33.203 §7.1).
+func setTable(r ue.Result) [][]string {
+	row := func(sa, from, to string, fp, tp uint16, spi ims.SPI, carries string) []string {
+		return []string{sa, fmt.Sprintf("%s %d → %s %d", from, fp, to, tp), spi.String(), r.Suite.String(), carries}
+	}
+	return [][]string{
+		{"SA", "ports", "SPI", "algorithms", "carries"},
+		row("A in", "port-uc", "port-ps", r.Ports.UC, r.Ports.PS, r.SPIs.PS, "all UDP of the phone, its TCP"),
+		row("B in", "port-us", "port-pc", r.Ports.US, r.Ports.PC, r.SPIs.PC, "answers on gmgate's TCP"),
+		row("C out", "port-pc", "port-us", r.Ports.PC, r.Ports.US, r.SPIs.US, "all UDP to the phone, gmgate's TCP"),
+		row("D out", "port-ps", "port-uc", r.Ports.PS, r.Ports.UC, r.SPIs.UC, "answers on the phone's TCP"),
+	}
+}
+
+// changeTable shows what a re-registration replaced: the client ports and every SPI; the server ports stay.
+func changeTable(old, fresh ue.Result) [][]string {
+	row := func(name string, op, np uint16, os, ns ims.SPI) []string {
+		port := fmt.Sprintf("%d → %d", op, np)
+		if op == np {
+			port = fmt.Sprintf("%d stays", op)
+		}
+		return []string{name, port, fmt.Sprintf("%s → %s", os, ns)}
+	}
+	return [][]string{
+		{"", "port", "SPI"},
+		row("port-uc", old.Ports.UC, fresh.Ports.UC, old.SPIs.UC, fresh.SPIs.UC),
+		row("port-us", old.Ports.US, fresh.Ports.US, old.SPIs.US, fresh.SPIs.US),
+		row("port-pc", old.Ports.PC, fresh.Ports.PC, old.SPIs.PC, fresh.SPIs.PC),
+		row("port-ps", old.Ports.PS, fresh.Ports.PS, old.SPIs.PS, fresh.SPIs.PS),
+	}
+}
+
+// kernelCounts prints what the kernel holds, where it does the ESP.
+func (d *demo) kernelCounts(ctx context.Context, when string) {
+	if d.backend != "xfrm" {
+		return
+	}
+	var parts []string
+	for _, what := range []string{"state", "policy"} {
+		out, err := exec.CommandContext(ctx, "ip", "-n", d.lab.GM.Name(), "xfrm", what, "count").CombinedOutput() //nolint:gosec // constant
+		if err != nil {
+			d.c.note("ip xfrm %s count: %v", what, err)
+			return
+		}
+		parts = append(parts, what+": "+strings.Join(strings.Fields(string(out)), " "))
+	}
+	d.c.note("ip xfrm, %s: %s", when, strings.Join(parts, ", "))
+}
+
+// verify compares what all the witnesses saw.
+func (d *demo) verify(ctx context.Context) error {
+	d.c.section("Verification")
+	d.capture.Settle(50*time.Millisecond, time.Second)
+	stats := d.capture.Stats()
+	d.step(ctx, "the tap on the Gm link", func(context.Context) (string, error) {
+		requests, challenges := 0, 0
+		for _, m := range d.capture.Clear() {
+			if m.Method == "REGISTER" {
+				requests++
+			} else if m.Status == 401 {
+				challenges++
+			}
+		}
+		detail := fmt.Sprintf("in clear: %d REGISTER and %d × 401, without CK and IK; everything after a 401 was ESP: %d packets in, %d out",
+			requests, challenges, stats.ESPIn, stats.ESPOut)
+		if stats.ESPIn == 0 || stats.ESPOut == 0 {
+			return "", errors.New("no ESP at all")
+		}
+		return detail, d.capture.CheckClear(lab.ClearRules{Registrations: 1})
+	})
+	witness := func(name, what string, problems []string) {
+		d.step(ctx, name, func(context.Context) (string, error) {
+			if len(problems) > 0 {
+				return "", fmt.Errorf("%d problems: %s", len(problems), strings.Join(problems[:min(5, len(problems))], "; "))
+			}
+			return what, nil
+		})
+	}
+	log := d.core.Log()
+	witness("the core", fmt.Sprintf("found nothing wrong with %d messages", len(log)), d.core.Problems())
+	var problems []string
+	for _, p := range d.phones {
+		for _, s := range p.Problems() {
+			problems = append(problems, p.name+": "+s)
+		}
+	}
+	witness("the phones", "found nothing wrong with what they received", problems)
+	d.step(ctx, "gmgate's own metrics", func(ctx context.Context) (string, error) {
+		m, err := d.daemon.Metrics(ctx)
+		if err != nil {
+			return "", err
+		}
+		return d.checkMetrics(m)
+	})
+	d.step(ctx, "gmgate stops", func(context.Context) (string, error) {
+		return "in good order", d.daemon.Stop()
+	})
+	d.summary(stats, len(log))
+	return nil
+}
+
+func (d *demo) checkMetrics(m map[string]float64) (string, error) {
+	var errs []error
+	want := func(name string, v float64, labels ...string) {
+		if got := lab.Sum(m, name, labels...); got != v {
+			errs = append(errs, fmt.Errorf("%s%v is %g, want %g", name, labels, got, v))
+		}
+	}
+	n := float64(d.o.ues)
+	want("gmgate_registrations_total", n, `kind="initial"`, `result="success"`)
+	want("gmgate_registrations_total", 1, `kind="refresh"`, `result="success"`)
+	want("gmgate_registrations_total", 1, `kind="reauth"`, `result="success"`)
+	want("gmgate_registrations_total", n, `kind="dereg"`, `result="success"`)
+	want("gmgate_registrations_total", 0, `result="failure"`)
+	want("gmgate_secagree_selected_total", n+1)
+	want("gmgate_sip_rejected_total", 0)
+	want("gmgate_sa_sets", 0)
+	want("gmgate_esp_sas", 0)
+	want("gmgate_sa_install_errors_total", 0)
+	want("gmgate_handler_panics_total", 0)
+	var drops []string
+	for k, v := range m {
+		if v > 0 && strings.HasPrefix(k, "gmgate_") && strings.Contains(k, "_drops_total") && !strings.Contains(k, "keepalive") {
+			drops = append(drops, fmt.Sprintf("%s %g", strings.TrimPrefix(k, "gmgate_"), v))
+		}
+	}
+	slices.Sort(drops)
+	if len(drops) > 0 {
+		errs = append(errs, fmt.Errorf("dropped: %s", strings.Join(drops, ", ")))
+	}
+	return fmt.Sprintf("%g registrations, %g SIP messages in, %g out; rejected 0, dropped 0; SAs now 0",
+		lab.Sum(m, "gmgate_registrations_total"), lab.Sum(m, "gmgate_sip_messages_total", `dir="in"`),
+		lab.Sum(m, "gmgate_sip_messages_total", `dir="out"`)), errors.Join(errs...)
+}
+
+func (d *demo) summary(s lab.Stats, messages int) {
+	d.c.section("Summary")
+	rows := [][]string{{"phone", "identity", "address", "algorithms", "registration", "challenge", "answer"}}
+	const most = 8
+	for i, p := range d.phones {
+		if i == most {
+			rows = append(rows, []string{fmt.Sprintf("… %d more", len(d.phones)-most)})
+			break
+		}
+		t := p.last.Timings
+		rows = append(rows, []string{
+			p.name[len("phone "):], strings.TrimSuffix(p.sub.IMPU[0], "@"+demoDomain), p.addr.String(), p.last.Suite.String(),
+			millis(t.Total), millis(t.Challenge), millis(t.Authenticate),
+		})
+	}
+	d.c.table(rows)
+	d.c.line("")
+	d.c.table([][]string{
+		{"on the Gm link", "frames"},
+		{"SIP in clear", fmt.Sprintf("%d", s.ClearSIP)},
+		{"ESP from the phones", fmt.Sprintf("%d", s.ESPIn)},
+		{"ESP to the phones", fmt.Sprintf("%d  (%d octets in all, %d fragments)", s.ESPOut, s.ESPBytes, s.ESPFragments)},
+		{"messages at the core", fmt.Sprintf("%d", messages)},
+	})
+}
+
+// close takes everything down, newest first.
+func (d *demo) close() {
+	for i := len(d.cleanup) - 1; i >= 0; i-- {
+		if err := d.cleanup[i](); err != nil {
+			d.c.result("cleaning up", "", 0, err)
+		}
+	}
+}
+
+// finish prints the verdict and returns the exit status.
+func (d *demo) finish(ctx context.Context) int {
+	c := d.c
+	took := millis(time.Since(c.begin))
+	failed := len(c.failed) > 0 || ctx.Err() != nil
+	if d.daemon != nil && (failed || d.o.keepLog) {
+		d.saveLog(failed)
+	}
+	if d.o.capture != "" && d.capture != nil {
+		c.line("")
+		c.note("%s: put %s.esp_sa into Wireshark's profile folder as esp_sa and tick the three ESP preferences to read the SIP", d.o.capture, d.o.capture)
+	}
+	c.line("")
+	switch {
+	case ctx.Err() != nil:
+		c.line("  %s after %d steps, %s; everything was removed", c.paint(sgrYellow, "interrupted"), c.steps, took)
+	case failed:
+		c.line("  %s: %d of %d steps, %s", c.paint(sgrRed, "FAILED"), len(c.failed), c.steps, took)
+		for _, f := range c.failed {
+			for i, l := range wrap(f, demoWidth-8) {
+				c.line("    %s%s", []string{"✗ ", "  "}[min(i, 1)], l)
+			}
+		}
+	default:
+		c.line("  %s: %d steps, %s", c.paint(sgrGreen, "all good"), c.steps, took)
+		return 0
+	}
+	return 1
+}
+
+// saveLog keeps gmgate's log in a file if that was asked for, and prints its end after a failure.
+func (d *demo) saveLog(failed bool) {
+	if d.o.keepLog {
+		f, err := os.CreateTemp("", "gmgate-demo-*.log")
+		if err == nil {
+			_, err = io.WriteString(f, d.daemon.Log())
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			d.c.note("keep the log: %v", err)
+		} else {
+			d.c.note("gmgate's log: %s", f.Name())
+		}
+	}
+	if failed {
+		d.c.section("End of gmgate's log")
+		for l := range strings.Lines(d.daemon.Tail(demoLogTail)) {
+			d.c.line("%s", strings.TrimSuffix(l, "\n"))
+		}
+	}
+}
