@@ -38,6 +38,9 @@ const MaxUEs = 1<<24 - 1
 // hardMargin is how much longer the backend keeps an SA than we do, as a backstop for a crash.
 const hardMargin = time.Minute
 
+// resetGrace is how long the SAs of a set outlive its connections.
+const resetGrace = 100 * time.Millisecond
+
 // Config is the part of the configuration that rules SA sets. Times are real time.
 type Config struct {
 	ServerPorts []uint16      // port-ps, in order of preference
@@ -546,9 +549,15 @@ func (t *Table) remove(s *Set) {
 	if s.Phase == sa.Dead {
 		return
 	}
-	reserved := s.Phase == sa.Reserved
+	phase, connected := s.Phase, s.ConnIn != 0 || s.ConnOut != 0
 	t.unlink(s)
-	if !reserved { // a reserved one is taken out when the backend has answered
+	switch {
+	case phase == sa.Reserved: // taken out when the backend has answered
+	case phase != sa.Temporary && connected:
+		// The resets of its connections still have to get out over it. Temporary sets do not wait, since the UE may
+		// offer the same SPIs again at once.
+		t.wheel.Schedule(&s.timer, resetGrace, func() { t.uninstall(s) })
+	default:
 		t.uninstall(s)
 	}
 }
