@@ -41,7 +41,11 @@ test-unit: $(TESTSUM) ## vet, format, module file, and the tests that need nothi
 	go vet ./...
 	@unformatted=$$(gofmt -l $(SOURCES)); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
 	go mod tidy -diff
-	go test -json -race -shuffle=on -timeout 5m $$(scripts/packages.sh pure) | $(TESTSUM) -results $(RESULTS) unit
+	@# Allocations are counted without the race detector, which makes some of its own.
+	packages=$$(scripts/packages.sh pure); status=0; \
+	{ go test -json -race -shuffle=on -skip Alloc -timeout 5m $$packages || status=1; \
+	  go test -json -run Alloc -timeout 5m $$packages || status=1; \
+	  exit $$status; } | $(TESTSUM) -results $(RESULTS) unit
 
 test-netns: $(TESTSUM) build ## tests that make network namespaces (root; REQUIRE_KERNEL_TESTS=1 turns skips into failures)
 	go test -json -count=1 -p 1 -timeout 10m $$(scripts/packages.sh kernel) | $(TESTSUM) -results $(RESULTS) netns

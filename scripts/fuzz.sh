@@ -13,5 +13,5 @@ while read -r package; do
   done
 done < <(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./...)
 echo "$targets fuzz targets, ${#failed[@]} failed"
-printf '  %s\n' "${failed[@]}"
+if ((${#failed[@]})); then printf '  %s\n' "${failed[@]}"; fi
 ((targets > 0 && ${#failed[@]} == 0))

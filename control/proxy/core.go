@@ -86,7 +86,7 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 	w.e.Str("Via: SIP/2.0/")
 	w.e.Str(transport.Via())
 	w.e.Str(" ")
-	w.e.AddrPort(netip.AddrPortFrom(s.Params.Local, s.Ports.PS))
+	w.e.AddrPort(netip.AddrPortFrom(s.Local, s.Ports.PS))
 	w.e.Str(";branch=")
 	w.putBranch(token{kind: tokenToUE, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, w.answerDigits(&below, back))
 	if called > 0 && called <= 255 { // no hint means the default identity

@@ -10,10 +10,7 @@ import (
 	"github.com/gmgate/gmgate/dataplane/sipmsg"
 )
 
-var (
-	errNoSA      = errors.New("SA set is gone")
-	errQueueFull = errors.New("too many messages wait for the connection")
-)
+var errNoSA = errors.New("SA set is gone")
 
 // dial is a connection being opened, with what waits for it.
 type dial struct {
@@ -41,7 +38,7 @@ func (w *Worker) sendToUE(s *registrar.Set, how channel, msg []byte, method sipm
 	if how == byUDP {
 		w.countOut(ims.GmProtected, ims.UDP, method, msg)
 		w.count(w.eg.SendUDP(
-			netip.AddrPortFrom(s.Params.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US), msg))
+			netip.AddrPortFrom(s.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US), msg))
 		return
 	}
 	w.countOut(ims.GmProtected, ims.TCP, method, msg)
@@ -73,7 +70,7 @@ func (w *Worker) dialUE(s *registrar.Set, msg []byte, fail func()) {
 		d = w.newDial()
 		d.set = s
 		w.ueDial[s] = d
-		w.eg.Dial(netip.AddrPortFrom(s.Params.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US),
+		w.eg.Dial(netip.AddrPortFrom(s.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US),
 			ims.GmProtected, true, d.tag)
 	}
 	w.enqueue(d, msg, fail)

@@ -260,7 +260,7 @@ func (w *Worker) putChargingVector() {
 
 // answerFromUE forwards a protected answer to the core (TS 24.229 §5.2.6.4). It belongs to a request that we sent to
 // this very UE: the branch is sealed and names it.
-func (w *Worker) answerFromUE(f ims.Flow, s *registrar.Set) {
+func (w *Worker) answerFromUE(s *registrar.Set) {
 	m, u := &w.m, s.UE
 	via, err := sipmsg.ParseVia(m.Get(sipmsg.Via))
 	if err != nil {

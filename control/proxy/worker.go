@@ -252,7 +252,7 @@ func (w *Worker) fromProtected(f ims.Flow) {
 		w.requestFromUE(f, s)
 	default:
 		w.table.Touch(s)
-		w.answerFromUE(f, s)
+		w.answerFromUE(s)
 	}
 }
 

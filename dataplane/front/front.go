@@ -20,6 +20,9 @@ import (
 // streamBuffer is what a loop reads from a connection at a time; it must hold a whole datagram, too.
 const streamBuffer = 64 << 10
 
+// maxPortAttempts is how often a port is looked for that is free for UDP and TCP.
+const maxPortAttempts = 16
+
 // Front is a set of running workers.
 type Front struct {
 	cfg     Config
@@ -77,19 +80,8 @@ func (f *Front) start(handlers []Handler) error {
 		}
 	}
 	for i := range f.cfg.Listeners {
-		l := &f.cfg.Listeners[i]
-		if l.UDP {
-			if err := f.listenUDP(l); err != nil {
-				return fmt.Errorf("listen on %s/udp: %w", l.Addr, err)
-			}
-		}
-		if l.TCP {
-			ln, err := f.cfg.listenTCP(*l)
-			if err != nil {
-				return fmt.Errorf("listen on %s/tcp: %w", l.Addr, err)
-			}
-			l.Addr = addrPortOf(ln.Addr().(*net.TCPAddr)) //nolint:forcetypeassert // a TCP listener's
-			f.tcp = append(f.tcp, tcpListener{*l, ln})
+		if err := f.listen(&f.cfg.Listeners[i]); err != nil {
+			return err
 		}
 	}
 	for _, e := range f.engines {
@@ -137,22 +129,57 @@ func (e *events) addSwap(fd int, place func(fd int)) error {
 	return nil
 }
 
-// listenUDP opens the sockets of a listener and gives each worker the one that it receives from, or for a listener of
-// another worker a duplicate to send from.
-func (f *Front) listenUDP(l *Listener) error {
+// listen opens the sockets of a listener and fills in its port.
+func (f *Front) listen(l *Listener) error {
+	want := l.Addr
+	for attempt := 1; ; attempt++ {
+		fds, err := f.openListener(l)
+		if err == nil {
+			return f.distribute(*l, fds)
+		}
+		// A port that the kernel chose for UDP may be in use for TCP.
+		if want.Port() != 0 || attempt == maxPortAttempts || !errors.Is(err, unix.EADDRINUSE) {
+			return err
+		}
+		l.Addr = want
+	}
+}
+
+// openListener opens the UDP sockets, as many as there are workers that receive, and starts to listen for connections.
+func (f *Front) openListener(l *Listener) (fds []int, err error) {
+	if l.UDP {
+		members := 1
+		if l.Worker < 0 {
+			members = len(f.workers)
+		}
+		err := f.cfg.inNamespace(l.Hidden, func() (err error) {
+			fds, l.Addr, err = f.cfg.openGroup(l.Addr, members)
+			return err
+		})
+		if err != nil {
+			return nil, fmt.Errorf("listen on %s/udp: %w", l.Addr, err)
+		}
+	}
+	if l.TCP {
+		ln, err := f.cfg.listenTCP(*l)
+		if err != nil {
+			closeAll(fds)
+			return nil, fmt.Errorf("listen on %s/tcp: %w", l.Addr, err)
+		}
+		l.Addr = addrPortOf(ln.Addr().(*net.TCPAddr)) //nolint:forcetypeassert // a TCP listener's
+		f.tcp = append(f.tcp, tcpListener{*l, ln})
+	}
+	return fds, nil
+}
+
+// distribute gives each worker the socket that it receives from, or for a listener of another worker a duplicate to send
+// from.
+func (f *Front) distribute(l Listener, fds []int) error {
+	if len(fds) == 0 {
+		return nil
+	}
 	shared := l.Worker < 0
-	members := 1
-	if shared {
-		members = len(f.workers)
-	}
-	var fds []int
-	err := f.cfg.inNamespace(l.Hidden, func() (err error) {
-		fds, l.Addr, err = f.cfg.openGroup(l.Addr, members)
-		return err
-	})
-	if err != nil {
-		return err
-	}
+	members := len(fds)
 	steered := shared && members > 1 && isGm(l.Side)
 	if steered {
 		if err := attachSteering(fds[0], l.Addr.Addr().Is6(), members); err != nil {

@@ -29,11 +29,11 @@ const maxMethod = 64
 
 // Frame looks at the bytes b read from a stream so far and finds what stands at their start. n is the number of bytes
 // that this occupies: those of the message, ping or empty line. For FrameNone it is 0. For FrameBad it is the length of
-// the header if that is complete, else len(b), and err says why. max bounds a message including its header.
+// the header if that is complete, else len(b), and err says why. limit bounds a message including its header.
 //
 // The result for a stream does not depend on where reads have cut it. A lone CRLF at the end of b is FrameNone, because
 // it can be the first half of a ping; a pong therefore stays in the buffer until something follows.
-func Frame(b []byte, max int) (kind FrameKind, n int, err *Error) {
+func Frame(b []byte, limit int) (kind FrameKind, n int, err *Error) {
 	if len(b) == 0 {
 		return FrameNone, 0, nil
 	}
@@ -55,11 +55,11 @@ func Frame(b []byte, max int) (kind FrameKind, n int, err *Error) {
 		return FrameBad, len(b), ErrStartLine
 	}
 	h := b
-	if len(h) > max {
-		if max <= 0 {
+	if len(h) > limit {
+		if limit <= 0 {
 			return FrameBad, len(b), ErrTooLarge
 		}
-		h = h[:max]
+		h = h[:limit]
 	}
 	end, length, have, err := frameHeader(h)
 	switch {
@@ -68,13 +68,13 @@ func Frame(b []byte, max int) (kind FrameKind, n int, err *Error) {
 			end = len(b)
 		}
 		return FrameBad, end, err
-	case end == 0 && len(b) >= max:
+	case end == 0 && len(b) >= limit:
 		return FrameBad, len(b), ErrTooLarge
 	case end == 0:
 		return FrameNone, 0, nil
 	case !have:
 		return FrameBad, end, ErrNoContentLength
-	case uint64(length) > uint64(max-end):
+	case uint64(length) > uint64(limit-end):
 		return FrameBad, end, ErrTooLarge
 	case len(b)-end < int(length):
 		return FrameNone, 0, nil

@@ -79,6 +79,17 @@ func TestParam(t *testing.T) {
 	if v, ok := sipmsg.Param([]byte(`a="unterminated;b=1`), "b"); ok {
 		t.Errorf("found %q inside an unterminated string", v)
 	}
+	const odd = `"a;b=1";x="1"junk;y=2"3;z=4";v=5;"`
+	for name, want := range map[string]string{"x": "1", "y": `2"3;z=4"`, "v": "5"} {
+		if v, ok := sipmsg.Param([]byte(odd), name); !ok || string(v) != want {
+			t.Errorf("Param(%q) of odd text = %q, %v", name, v, ok)
+		}
+	}
+	for _, name := range []string{"b", "z", "a"} {
+		if v, ok := sipmsg.Param([]byte(odd), name); ok {
+			t.Errorf("Param(%q) = %q, found inside quotes", name, v)
+		}
+	}
 	if v, ok := sipmsg.Param([]byte("lr"), "lr"); !ok || v != nil {
 		t.Errorf("flag = %q, %v, want nil, true", v, ok)
 	}

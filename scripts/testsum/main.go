@@ -137,7 +137,9 @@ func (s *summary) event(e event) {
 		s.print("FAIL " + e.ImportPath + " [build failed]\n")
 	case "output":
 		if e.Test == "" && closing.MatchString(e.Output) {
-			s.print(e.Output)
+			if !idle.MatchString(e.Output) {
+				s.print(e.Output)
+			}
 			return
 		}
 		s.output[t] = append(s.output[t], e.Output)
@@ -151,7 +153,10 @@ func (s *summary) event(e event) {
 }
 
 // closing matches the last line that go test prints about a package.
-var closing = regexp.MustCompile(`^(ok|FAIL|\?|\*\*\*|panic:)\s`)
+var closing = regexp.MustCompile(`^(ok|FAIL|\?|panic:)\s`)
+
+// idle matches the one of a package in which no test was selected.
+var idle = regexp.MustCompile(`\[no tests? (to run|files)\]\s*$`)
 
 func (s *summary) testEnd(e event) {
 	t := test{e.Package, e.Test}

@@ -47,6 +47,8 @@ func TestRun(t *testing.T) {
 				ev("output", p, "", "PASS\n"),
 				ev("output", p, "", "ok  \tgithub.com/gmgate/gmgate/control/x\t0.1s\n"),
 				ev("pass", p, "", ""),
+				ev("output", "other", "", "ok  \tother\t0.1s [no tests to run]\n"),
+				ev("pass", "other", "", ""),
 			),
 			"ok  \tgithub.com/gmgate/gmgate/control/x\t0.1s\nunit: 1 passed, 0 failed, 0 skipped\n", 0,
 		},
