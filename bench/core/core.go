@@ -68,6 +68,7 @@ type Behaviour struct {
 	AnswerDelay     time.Duration // before every answer to a REGISTER
 	Silent          bool          // never answer a REGISTER
 	RejectAuth      int           // answer a REGISTER with a right response with this status instead of 200
+	ExtraRounds     int           // challenge a right response again this many times
 	AlwaysChallenge bool          // challenge re-registrations too, although integrity-protected=yes allows to skip it
 	TCP             bool          // send every request by TCP
 	NoNotify        bool          // no NOTIFY to subscribers of the reg event

@@ -342,6 +342,16 @@ func TestWrongResponseAndReject(t *testing.T) {
 	if len(c.Registered()) != 0 {
 		t.Error("bound in spite of both")
 	}
+	c.SetBehaviour(Behaviour{ExtraRounds: 1})
+	auth = r.empty("no")
+	for _, want := range []int{401, 401, 200} {
+		if got = p.ask(r.build(auth)); got.Status != want {
+			t.Fatalf("ExtraRounds: %d, want %d", got.Status, want)
+		}
+		if want == 401 {
+			auth = r.answer(challengeOf(t, got), "yes")
+		}
+	}
 }
 
 func TestReregister(t *testing.T) {

@@ -65,6 +65,7 @@ type account struct {
 	last    *challenge // challenge of the last successful authentication
 	binding *Binding
 	left    bool // was registered and is not any more
+	rounds  int  // right responses challenged again so far
 	watch   []*subscription
 }
 
@@ -148,6 +149,9 @@ func (c *Core) registrar(in *incoming, b Behaviour) *sipwire.Message {
 			break
 		}
 		c.drop(acc, pending)
+		if c.another(acc, b) {
+			return c.challenge(in, acc, b)
+		}
 		if b.RejectAuth != 0 {
 			return sipwire.Response(m, b.RejectAuth, sipwire.Token())
 		}
@@ -177,6 +181,18 @@ func (c *Core) drop(acc *account, ch *challenge) {
 		acc.pending = nil
 	}
 	c.mu.Unlock()
+}
+
+// another reports whether a right response is to be challenged again.
+func (c *Core) another(acc *account, b Behaviour) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if acc.rounds < b.ExtraRounds {
+		acc.rounds++
+		return true
+	}
+	acc.rounds = 0
+	return false
 }
 
 func (c *Core) digest(m *sipwire.Message, p sipwire.Params, v digestaka.Vector) (string, error) {

@@ -101,15 +101,15 @@ func binary(t *testing.T) string {
 
 // fixtureConfig is what a test varies.
 type fixtureConfig struct {
-	ipv6      bool
-	daemon    lab.DaemonOptions // timers and back end are filled in
-	core      core.Behaviour
-	capture   string         // pcap file
-	clear     lab.ClearRules // what may be seen in clear
-	problems  []string       // findings of the core that this test provokes, as parts of their text
-	coreDies  bool           // the test ends the core itself
-	subs      int            // subscribers, default 32
-	subscribe func(*core.Subscriber)
+	ipv6     bool
+	daemon   lab.DaemonOptions // timers and back end are filled in
+	core     core.Behaviour
+	capture  string         // pcap file
+	clear    lab.ClearRules // what may be seen in clear
+	problems []string       // findings of the core that this test provokes, as parts of their text
+	coreDies bool           // the test ends the core itself
+	coreAddr netip.AddrPort // default: as the lab plans it
+	subs     int            // subscribers, default 32
 }
 
 // fixture is a running network.
@@ -121,6 +121,7 @@ type fixture struct {
 	capture *lab.Capture
 	subs    []core.Subscriber
 	ipv6    bool
+	config  string // of the daemon
 
 	mu   sync.Mutex
 	next int
@@ -165,15 +166,13 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 		cfg.subs = 32
 	}
 	f.subs = core.Subscribers(cfg.subs, domain)
-	if cfg.subscribe != nil {
-		for i := range f.subs {
-			cfg.subscribe(&f.subs[i])
-		}
-	}
 	logger := slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	plan := f.lab.Plan()
+	if !cfg.coreAddr.IsValid() {
+		cfg.coreAddr = netip.AddrPortFrom(plan.Core, lab.PortCore)
+	}
 	f.core, err = core.Start(core.Config{
-		NS: f.lab.Core, Addr: netip.AddrPortFrom(plan.Core, lab.PortCore), Domain: domain, Subscribers: f.subs,
+		NS: f.lab.Core, Addr: cfg.coreAddr, Domain: domain, Subscribers: f.subs,
 		Behaviour: cfg.core, Logger: logger,
 	})
 	check(err)
@@ -187,7 +186,8 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 	d := cfg.daemon
 	d.Backend, d.OldSet, d.RegAwaitAuth = backend(), oldSet, regAwaitAuth
 	d.RegisterTimeout, d.HealthInterval = registerTimeout, -1
-	f.daemon, err = f.lab.StartDaemon(ctx, bin, f.lab.DaemonConfig(d), nil)
+	f.config = f.lab.DaemonConfig(d)
+	f.daemon, err = f.lab.StartDaemon(ctx, bin, f.config, nil)
 	check(err)
 	t.Cleanup(func() { f.finish(t, cfg) })
 	f.farm, err = ue.NewFarm(ue.FarmConfig{

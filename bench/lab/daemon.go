@@ -43,7 +43,7 @@ type Daemon struct {
 // answers. stderr, if not nil, gets the daemon's output as it comes. The daemon ends with the lab at the latest, and
 // the kernel ends it if this process dies.
 func (l *Lab) StartDaemon(ctx context.Context, binary, configYAML string, stderr io.Writer) (*Daemon, error) {
-	dir, err := os.MkdirTemp("", l.name+"-")
+	dir, err := os.MkdirTemp("", l.name+configSuffix)
 	if err != nil {
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}

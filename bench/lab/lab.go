@@ -46,6 +46,9 @@ const (
 	LinkCore = "core0"
 )
 
+// configSuffix marks the folders with configurations of daemons.
+const configSuffix = "-config-"
+
 // namedDir is where `ip netns` keeps its names.
 const namedDir = "/run/netns"
 
@@ -225,7 +228,7 @@ func (l *Lab) Close() error {
 	return errors.Join(errs...)
 }
 
-// removeStale deletes the namespaces of labs with this prefix whose process has gone. The kernel has ended their
+// removeStale deletes the namespaces and configuration folders of labs with this prefix whose process has gone. The kernel has ended their
 // daemons already. Trouble is not reported: at worst an unused name stays.
 func removeStale(prefix string) {
 	names, err := filepath.Glob(filepath.Join(namedDir, prefix+"-*"))
@@ -233,23 +236,33 @@ func removeStale(prefix string) {
 		return
 	}
 	for _, path := range names {
-		pid, ok := stalePID(prefix, filepath.Base(path))
+		pid, ok := ownerPID(prefix, filepath.Base(path))
 		if !ok || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
 			continue
 		}
 		_ = unix.Unmount(path, unix.MNT_DETACH)
 		_ = os.Remove(path)
 	}
+	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), prefix+"-*"+configSuffix+"*"))
+	if err != nil {
+		return
+	}
+	for _, path := range dirs {
+		if pid, ok := ownerPID(prefix, filepath.Base(path)); ok && errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+			_ = os.RemoveAll(path)
+		}
+	}
 }
 
-// stalePID takes the process id out of a namespace's name: prefix-PID[.serial]-{ue,gm,core}.
-func stalePID(prefix, name string) (int, bool) {
+// ownerPID takes the process id out of a name that a lab made: prefix-PID[.serial]-what, where what is ue, gm or core for
+// a namespace and begins with config for a folder.
+func ownerPID(prefix, name string) (int, bool) {
 	rest, ok := strings.CutPrefix(name, prefix+"-")
 	if !ok {
 		return 0, false
 	}
-	number, suffix, ok := strings.Cut(rest, "-")
-	if !ok || (suffix != "ue" && suffix != "gm" && suffix != "core") {
+	number, what, ok := strings.Cut(rest, "-")
+	if !ok || (what != "ue" && what != "gm" && what != "core" && !strings.HasPrefix("-"+what, configSuffix)) {
 		return 0, false
 	}
 	number, _, _ = strings.Cut(number, ".")

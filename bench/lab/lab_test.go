@@ -105,12 +105,13 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-func TestStalePID(t *testing.T) {
+func TestOwnerPID(t *testing.T) {
 	for name, want := range map[string]int{
 		"gmgate-123-ue": 123, "gmgate-123.2-core": 123, "gmgate-x-ue": 0, "gmgate-123-other": 0, "other-123-ue": 0, "gmgate-123": 0, "gmgate--5-ue": 0,
+		"gmgate-123.4-config-99": 123, "gmgate-123-configuration": 0,
 	} {
-		if got, ok := stalePID("gmgate", name); ok != (want > 0) || (ok && got != want) {
-			t.Errorf("stalePID(%q) = %d, %t", name, got, ok)
+		if got, ok := ownerPID("gmgate", name); ok != (want > 0) || (ok && got != want) {
+			t.Errorf("ownerPID(%q) = %d, %t", name, got, ok)
 		}
 	}
 }
@@ -398,6 +399,9 @@ func TestCrash(t *testing.T) {
 		if !strings.HasPrefix(filepath.Base(n), l.Name()+"-") {
 			t.Errorf("leftover %s", n)
 		}
+	}
+	if dirs, err := filepath.Glob(filepath.Join(os.TempDir(), "gmcrash-*")); err != nil || len(dirs) > 0 {
+		t.Errorf("leftover %v, %v", dirs, err)
 	}
 }
 

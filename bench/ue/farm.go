@@ -21,6 +21,8 @@ import (
 	"log/slog"
 	"net/netip"
 	"os/exec"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -160,40 +162,53 @@ func (l *xfrmLayer) add(sas [4]esptun.SA) error {
 	if err != nil {
 		return err
 	}
-	if err := l.ip(text); err != nil {
-		l.remove(sas)
-		return err
+	if done, err := l.ip(text); err != nil {
+		// What was there before stays: only the lines that were carried out are taken back.
+		lines := xfrmDelete(sas)
+		_, undo := l.ip(strings.Join(lines[:min(done, len(lines))], ""), "-force")
+		return errors.Join(err, undo)
 	}
 	return nil
 }
 
 func (l *xfrmLayer) remove(sas [4]esptun.SA) {
-	_ = l.ip(xfrmDelete(sas), "-force") // what is missing is not an error
+	_, _ = l.ip(strings.Join(xfrmDelete(sas), ""), "-force") // what is missing is not an error
 }
 
-// ip runs ip -batch inside the namespace.
-func (l *xfrmLayer) ip(text string, flags ...string) error {
+// failedLine is what ip -batch says about the line it stopped at.
+var failedLine = regexp.MustCompile(`Command failed -:(\d+)`)
+
+// ip runs ip -batch inside the namespace and returns how many lines were carried out before the one that failed.
+func (l *xfrmLayer) ip(text string, flags ...string) (done int, err error) {
 	run := func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		cmd := exec.CommandContext(ctx, "ip", append(flags, "-batch", "-")...)
+		cmd := exec.CommandContext(ctx, "ip", append(flags, "-batch", "-")...) //nolint:gosec // the flags are constants
 		cmd.Stdin = strings.NewReader(text)
 		var stderr strings.Builder
 		cmd.Stderr = &stderr
-		if err := cmd.Run(); err != nil {
-			// ip(8) repeats a line it cannot parse, keys included: only its first word of wisdom is passed on.
-			line, _, _ := strings.Cut(stderr.String(), "\n")
-			if strings.Contains(line, "0x") {
-				line = "refused a line"
-			}
-			return fmt.Errorf("run ip -batch: %w: %s", err, line)
+		err := cmd.Run()
+		if err == nil {
+			return nil
 		}
-		return nil
+		if m := failedLine.FindStringSubmatch(stderr.String()); m != nil {
+			if n, err := strconv.Atoi(m[1]); err == nil {
+				done = n - 1
+			}
+		}
+		// ip(8) repeats a line it cannot parse, keys included: only its first word of wisdom is passed on.
+		line, _, _ := strings.Cut(stderr.String(), "\n")
+		if strings.Contains(line, "0x") {
+			line = "refused a line"
+		}
+		return fmt.Errorf("run ip -batch: %w: %s", err, line)
 	}
 	if l.net == nil {
-		return run()
+		err = run()
+	} else {
+		err = l.net.Do(run)
 	}
-	return l.net.Do(run)
+	return done, err
 }
 
 // xfrmAdd prints the four states and four policies of a set as ip -batch reads them (TS 33.203 §7.1 seen from the UE).
@@ -214,15 +229,16 @@ func xfrmAdd(sas [4]esptun.SA, reqid uint32) (string, error) {
 	return b.String(), nil
 }
 
-func xfrmDelete(sas [4]esptun.SA) string {
-	var b strings.Builder
+// xfrmDelete prints the lines that take a set out, in the order of xfrmAdd.
+func xfrmDelete(sas [4]esptun.SA) []string {
+	var out []string
 	for _, sa := range sas {
-		fmt.Fprintf(&b, "xfrm policy delete %s dir %s\n", xfrmSelector(sa), xfrmDir(sa))
+		out = append(out, fmt.Sprintf("xfrm state delete src %s dst %s proto esp spi %#08x\n", sa.Src.Addr(), sa.Dst.Addr(), uint32(sa.SPI)))
 	}
 	for _, sa := range sas {
-		fmt.Fprintf(&b, "xfrm state delete src %s dst %s proto esp spi %#08x\n", sa.Src.Addr(), sa.Dst.Addr(), uint32(sa.SPI))
+		out = append(out, fmt.Sprintf("xfrm policy delete %s dir %s\n", xfrmSelector(sa), xfrmDir(sa)))
 	}
-	return b.String()
+	return out
 }
 
 func xfrmDir(sa esptun.SA) string {

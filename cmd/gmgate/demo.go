@@ -8,9 +8,11 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/gmgate/gmgate/bench/core"
@@ -53,6 +55,8 @@ func demoMain(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 		_, _ = fmt.Fprintln(stderr, "gmgate demo: needs root: it makes network namespaces")
 		return 1
 	}
+	// A reader of the output that goes away must not keep the demo from cleaning up.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	d := &demo{o: o, c: newConsole(stdout, o.noColour), plan: lab.PlanOf(o.ip == "6")}
 	d.run(ctx)
 	d.close()
@@ -125,7 +129,8 @@ type phone struct {
 	*ue.UE
 	sub  core.Subscriber
 	addr netip.Addr
-	last ue.Result // of the last registration
+	made ue.Result // the first registration
+	last ue.Result // the last one
 	name string
 }
 
@@ -225,16 +230,22 @@ func (d *demo) build(ctx context.Context) error {
 				return "", err
 			}
 			d.onClose(d.farm.Close)
-			for _, p := range d.phones {
+			for i, p := range d.phones {
 				p.UE, err = d.farm.NewUE(ue.Config{
 					Identity: ue.Identity{IMPI: p.sub.IMPI, Domain: p.sub.Domain, K: p.sub.K, OPc: p.sub.OPc},
 					Addr:     p.addr, Transport: d.o.tr, Offers: d.o.suites, Ring: 50 * time.Millisecond,
+					// Both kinds of phone exist: those that follow RFC 3261 §18.1.1 and those that send everything by UDP.
+					Quirks: ue.Quirks{LargeUDP: d.o.tr == ims.UDP && i%2 == 0},
 				})
 				if err != nil {
 					return "", err
 				}
 			}
-			return fmt.Sprintf("%s to %s, they offer %s", d.phones[0].addr, d.phones[len(d.phones)-1].addr, suiteNames(d.o.suites)), nil
+			habits := "they send by TCP"
+			if d.o.tr == ims.UDP {
+				habits = "odd ones send everything by UDP, even ones large messages by TCP"
+			}
+			return fmt.Sprintf("%s to %s, they offer %s; %s", d.phones[0].addr, d.phones[len(d.phones)-1].addr, suiteNames(d.o.suites), habits), nil
 		})
 	if !ok {
 		return errStopped
@@ -280,7 +291,7 @@ func (d *demo) register(ctx context.Context, p *phone) error {
 	if err != nil {
 		return err
 	}
-	p.last = res
+	p.made, p.last = res, res
 	return nil
 }
 
@@ -384,8 +395,7 @@ func (d *demo) messages(ctx context.Context) error {
 			if len(got) <= had || got[len(got)-1].Body != body {
 				return "", errors.New("the other phone did not get the text")
 			}
-			in := got[len(got)-1]
-			return fmt.Sprintf("MESSAGE, %d octets, arrived by %s from port-pc %d: 200", len(body), in.Transport, in.Remote.Port()), nil
+			return fmt.Sprintf("%d octets, delivered by %s: 200", len(body), way(got[len(got)-1], to.last)), nil
 		})
 	}
 	send("phone 1 → phone 2", a, b, "good morning")
@@ -403,6 +413,17 @@ func (d *demo) messages(ctx context.Context) error {
 	send("phone 1 → phone 2, large", a, b, strings.Repeat("long story. ", demoLargeBody/12))
 	send("phone 2 → phone 1, large", b, a, strings.Repeat("long answer. ", demoLargeBody/13))
 	return nil
+}
+
+// way says how a request came to a phone.
+func way(in ue.Incoming, r ue.Result) string {
+	switch {
+	case in.Transport == ims.UDP:
+		return fmt.Sprintf("UDP, port-pc %d to port-us", in.Remote.Port())
+	case in.Remote.Port() == r.Ports.PS:
+		return "TCP, on the phone's connection"
+	}
+	return fmt.Sprintf("TCP, port-pc %d to port-us", in.Remote.Port())
 }
 
 func (d *demo) calls(ctx context.Context) error {
@@ -511,12 +532,13 @@ func (d *demo) reregister(ctx context.Context) error {
 			return "", errors.Join(err, fmt.Errorf("answered %d", status))
 		}
 		in := a.Received()
-		if got := in[len(in)-1]; got.Remote.Port() != a.last.Ports.PC {
-			return "", fmt.Errorf("the network's request came from port-pc %d, want %d of the new set", got.Remote.Port(), a.last.Ports.PC)
+		got := in[len(in)-1]
+		if got.Set != a.last.Set.Generation {
+			return "", fmt.Errorf("the network's request came by set %d, want %d", got.Set, a.last.Set.Generation)
 		}
 		d.capture.Settle(10*time.Millisecond, time.Second)
-		return fmt.Sprintf("%d packets on SPI %s, requests to the phone from port-pc %d",
-			d.capture.Packets(a.last.SPIs.PS)-before, a.last.SPIs.PS, a.last.Ports.PC), nil
+		return fmt.Sprintf("%d packets on SPI %s, requests to the phone by %s",
+			d.capture.Packets(a.last.SPIs.PS)-before, a.last.SPIs.PS, way(got, a.last)), nil
 	})
 	d.step(ctx, "the old set goes", func(ctx context.Context) (string, error) {
 		return fmt.Sprintf("%d sets left, one per phone", d.o.ues), d.waitSets(ctx, d.o.ues)

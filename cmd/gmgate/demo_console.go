@@ -76,7 +76,7 @@ func (c *console) section(title string) {
 
 // note prints an indented remark.
 func (c *console) note(format string, args ...any) {
-	for l := range strings.SplitSeq(fmt.Sprintf(format, args...), "\n") {
+	for _, l := range wrap(fmt.Sprintf(format, args...), demoWidth-4) {
 		c.line("    %s", c.paint(sgrDim, l))
 	}
 }

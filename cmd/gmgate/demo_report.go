@@ -211,16 +211,16 @@ func (d *demo) checkMetrics(m map[string]float64) (string, error) {
 
 func (d *demo) summary(s lab.Stats, messages int) {
 	d.c.section("Summary")
-	rows := [][]string{{"phone", "identity", "address", "algorithms", "registration", "challenge", "answer"}}
+	rows := [][]string{{"phone", "identity", "address", "algorithms", "registration", "SM1 to SM6", "SM7 to SM12"}}
 	const most = 8
 	for i, p := range d.phones {
 		if i == most {
 			rows = append(rows, []string{fmt.Sprintf("… %d more", len(d.phones)-most)})
 			break
 		}
-		t := p.last.Timings
+		t := p.made.Timings
 		rows = append(rows, []string{
-			p.name[len("phone "):], strings.TrimSuffix(p.sub.IMPU[0], "@"+demoDomain), p.addr.String(), p.last.Suite.String(),
+			p.name[len("phone "):], strings.TrimSuffix(p.sub.IMPU[0], "@"+demoDomain), p.addr.String(), p.made.Suite.String(),
 			millis(t.Total), millis(t.Challenge), millis(t.Authenticate),
 		})
 	}
@@ -254,7 +254,8 @@ func (d *demo) finish(ctx context.Context) int {
 	}
 	if d.o.capture != "" && d.capture != nil {
 		c.line("")
-		c.note("%s: put %s.esp_sa into Wireshark's profile folder as esp_sa and tick the three ESP preferences to read the SIP", d.o.capture, d.o.capture)
+		c.note("To read the SIP in %s, copy %s.esp_sa to ~/.config/wireshark/esp_sa and run", d.o.capture, d.o.capture)
+		c.note("tshark -r %s -o esp.enable_encryption_decode:TRUE -Y sip", d.o.capture)
 	}
 	c.line("")
 	switch {

@@ -245,7 +245,7 @@ func (w *Worker) stream(c *conn, b []byte) gnet.Action {
 // frames handles the messages at the start of b and returns the incomplete rest.
 func (w *Worker) frames(c *conn, b []byte) []byte {
 	for len(b) > 0 && !c.closing && !c.dead {
-		kind, n, err := sipmsg.Frame(b, w.f.cfg.MaxMessage)
+		kind, n, err := w.frame(b)
 		switch kind {
 		case sipmsg.FrameNone:
 			return b
@@ -262,6 +262,16 @@ func (w *Worker) frames(c *conn, b []byte) []byte {
 		b = b[n:]
 	}
 	return nil
+}
+
+// errPanic is the reason given when framing itself panics.
+var errPanic = &sipmsg.Error{Reason: "panic", Text: "internal error"}
+
+// frame finds what is at the start of b. It reads what strangers send, so a panic is taken for a bad stream.
+func (w *Worker) frame(b []byte) (kind sipmsg.FrameKind, n int, err *sipmsg.Error) {
+	kind, n, err = sipmsg.FrameBad, len(b), errPanic
+	defer w.guard()
+	return sipmsg.Frame(b, w.f.cfg.MaxMessage)
 }
 
 // refuse gives the stream up.

@@ -576,3 +576,32 @@ func TestStatsNames(t *testing.T) {
 	mustEqual(t, "unknown", s.Dropped(numDrops), 0)
 	mustEqual(t, "unknown", s.Side(200), SideStats{})
 }
+
+// TestAdoptFails: a socket that cannot be put in place is an error at start, and leaves nothing behind.
+func TestAdoptFails(t *testing.T) {
+	before := descriptors(t)
+	for name, tamper := range map[string]func(*swap){
+		"socket is gone":  func(s *swap) { _ = unix.Close(s.fd); s.fd = -1 },
+		"two of one name": func(s *swap) { s.reserved, s.fd = -1, s.reserved; _ = unix.Close(s.fd); s.fd = -1 },
+	} {
+		cfg := Config{}
+		cfg.populate()
+		f := &Front{cfg: cfg, log: cfg.Logger, done: make(chan struct{}), closed: make(chan struct{})}
+		f.ctx, f.cancel = context.WithCancel(context.Background())
+		if err := f.addWorker(0, &recorder{events: make(chan event, 1)}); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.listen(&Listener{Addr: loop4, Side: ims.Mw, UDP: true, Worker: -1}); err != nil {
+			t.Fatal(err)
+		}
+		e := f.engines[0]
+		watch := e.swaps[0].fd
+		tamper(&e.swaps[1])
+		err := f.startEngine(e)
+		if err == nil || !strings.Contains(err.Error(), "put socket over placeholder "+e.swaps[1].at.String()) {
+			t.Errorf("%s: got %v (doorbell %d)", name, err, watch)
+		}
+		f.shutdown()
+	}
+	mustEqual(t, "descriptors", descriptors(t), before)
+}

@@ -3,6 +3,7 @@ package front
 import (
 	"bufio"
 	"context"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"log/slog"
@@ -289,6 +290,21 @@ func namespace(t *testing.T, prefixes ...string) *hostnet.NS {
 			t.Fatal(err)
 		}
 	}
+	// The kernel installs the local route of an IPv6 address later, from a work queue. A socket that is connected before
+	// keeps the failed look-up.
+	eventually(t, "addresses are usable", func() bool {
+		var table []byte
+		if err := ns.Do(func() (err error) { table, err = os.ReadFile("/proc/thread-self/net/ipv6_route"); return err }); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range prefixes {
+			a := netip.MustParsePrefix(p).Addr()
+			if a.Is6() && !strings.Contains(string(table), hex.EncodeToString(a.AsSlice())+" 80 ") {
+				return false
+			}
+		}
+		return true
+	})
 	return ns
 }
 

@@ -162,6 +162,8 @@ func (f *Front) startDial(d dial) error {
 	switch {
 	case f.ctx.Err() != nil:
 		return ErrClosed
+	case int(d.flow.Side) >= numSides:
+		return ErrSide
 	case q.running < f.cfg.MaxDials:
 		q.running++
 		f.background.Go(func() { f.runDials(d) })

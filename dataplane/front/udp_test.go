@@ -132,12 +132,13 @@ func TestSendErrors(t *testing.T) {
 			w.SendUDP(at, netip.MustParseAddrPort("255.255.255.255:9"), big[:9]),                  // EACCES: counted
 			w.SendUDP(at, to, []byte("the rest arrives")),
 			w.Hand(7, ims.Flow{}, big),
+			w.Hand(0, ims.Flow{Side: 9}, big),
 			w.SendTCP(1, big),
 		}
 	}); err != nil {
 		t.Fatal(err)
 	}
-	want := []error{ErrNoListener, ErrAddress, ErrAddress, ErrAddress, ErrSize, ErrSize, nil, nil, nil, ErrNoWorker, ErrNoConn}
+	want := []error{ErrNoListener, ErrAddress, ErrAddress, ErrAddress, ErrSize, ErrSize, nil, nil, nil, ErrNoWorker, ErrSide, ErrNoConn}
 	for i, err := range <-result {
 		if !errors.Is(err, want[i]) {
 			t.Errorf("call %d: got %v, want %v", i, err, want[i])

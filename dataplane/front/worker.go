@@ -26,6 +26,7 @@ var (
 	ErrClosed     = errors.New("front is closed")
 	ErrTooMany    = errors.New("too many connections")
 	ErrNoWorker   = errors.New("no such worker")
+	ErrSide       = errors.New("unknown side")
 )
 
 // Handler gets the messages of one worker. Every method runs on that worker's loop goroutine, never concurrently.
@@ -203,6 +204,9 @@ func (w *Worker) Post(f func()) error {
 func (w *Worker) Hand(to int, f ims.Flow, msg []byte) error {
 	if to < 0 || to >= len(w.f.workers) {
 		return ErrNoWorker
+	}
+	if int(f.Side) >= numSides {
+		return ErrSide
 	}
 	b := copyToBuffer(msg)
 	if err := w.f.workers[to].inbox.push(task{flow: f, msg: b}, false); err != nil {
