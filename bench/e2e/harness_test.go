@@ -332,20 +332,19 @@ func (f *fixture) metric(ctx context.Context, t *testing.T, name string, labels 
 	return lab.Sum(m, "gmgate_"+name, labels...)
 }
 
-// wantNoSets waits until the daemon has no SA set any more.
+// wantNoSets waits until the daemon has no SA set any more, and its backend no SA.
 func (f *fixture) wantNoSets(ctx context.Context, t *testing.T) {
 	t.Helper()
-	var last float64
+	var sets, sas float64
+	states := 0
 	if !eventually(ctx, drainLimit, func() bool {
-		last = f.metric(ctx, t, "sa_sets")
-		return last == 0
-	}) {
-		t.Errorf("%g SA sets are left", last)
-	}
-	if backend() == "xfrm" {
-		if n := f.xfrm(t, "state"); n != 0 {
-			t.Errorf("%d states are left in the kernel", n)
+		sets, sas = f.metric(ctx, t, "sa_sets"), f.metric(ctx, t, "esp_sas")
+		if backend() == "xfrm" {
+			states = f.xfrm(t, "state")
 		}
+		return sets == 0 && sas == 0 && states == 0
+	}) {
+		t.Errorf("left: %g SA sets, %g SAs in the backend, %d states in the kernel", sets, sas, states)
 	}
 }
 

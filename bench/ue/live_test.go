@@ -440,9 +440,14 @@ func TestXFRMLayer(t *testing.T) {
 	count := func() string {
 		var out []byte
 		err := ns.Do(func() error {
-			var err error
-			out, err = exec.Command("sh", "-c", "ip xfrm state count; ip xfrm policy count").CombinedOutput()
-			return err
+			for _, what := range []string{"state", "policy"} {
+				b, err := exec.Command("ip", "xfrm", what, "count").CombinedOutput()
+				out = append(out, b...)
+				if err != nil {
+					return err
+				}
+			}
+			return nil
 		})
 		if err != nil {
 			t.Fatalf("count: %v: %s", err, out)

@@ -16,7 +16,7 @@ import (
 // also shows that headers which gmgate does not know pass through it.
 const markHeader = "X-Bench-Call"
 
-// identity returns the current registration or ErrNotRegistered.
+// registered returns the current registration or ErrNotRegistered.
 func (u *UE) registered() (*registration, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()

@@ -19,9 +19,9 @@ const (
 	// early. After that the header has to be complete first.
 	probe = 128
 
-	// maxRescan bounds the octets that are scanned again because a message comes in many small segments, as a multiple
-	// of Config.MaxMessage.
-	maxRescan = 128
+	// maxRescan bounds the octets of a header that are scanned again because the body comes in many small segments, as a
+	// multiple of Config.MaxMessage. A message of that size, octet by octet, with a header of 1 KiB is just accepted.
+	maxRescan = 1024
 
 	partSize    = 8 << 10 // first size of the buffer for an incomplete message, and the largest that is kept for reuse
 	maxFreeBufs = 256
@@ -45,8 +45,8 @@ type conn struct {
 
 	part     []byte // incomplete message
 	searched int    // part of it known to have no end of header
-	header   bool   // its header is complete
-	rescan   int
+	header   int    // length of its header once that is complete, or 0
+	rescan   int    // octets scanned in vain since
 
 	last  time.Time // of traffic
 	since time.Time // part is not empty
@@ -213,7 +213,7 @@ func (w *Worker) dropPart(c *conn) {
 		w.free = append(w.free, c.part[:0])
 	}
 	c.part = nil
-	c.searched, c.header, c.rescan = 0, false, 0
+	c.searched, c.header, c.rescan = 0, 0, 0
 }
 
 // stream handles octets read from a connection. gnet's own buffer for leftovers is not used: it has no limit.
@@ -304,7 +304,7 @@ func (w *Worker) advance(c *conn, rest []byte) {
 		return
 	}
 	if len(rest) == len(c.part) {
-		c.rescan += len(rest)
+		c.rescan += c.header
 		if c.rescan > maxRescan*w.f.cfg.MaxMessage {
 			w.refuse(c, c.part, "fragments", DropPartial)
 		}
@@ -316,7 +316,7 @@ func (w *Worker) advance(c *conn, rest []byte) {
 	n := copy(c.part, rest)
 	w.buffered -= len(c.part) - n
 	c.part = c.part[:n]
-	c.searched, c.header, c.rescan = 0, false, 0
+	c.searched, c.header, c.rescan = 0, 0, 0
 	w.incomplete(c)
 }
 
@@ -333,13 +333,22 @@ func (w *Worker) incomplete(c *conn) {
 // worthFraming tells whether Frame can find anything new in the stored octets. Without it a message of 64 KiB that comes
 // octet by octet would be scanned from its start 65,536 times.
 func (w *Worker) worthFraming(c *conn) bool {
-	if c.header || len(c.part) <= probe || len(c.part) >= w.f.cfg.MaxMessage {
-		return true
+	if c.header == 0 {
+		c.header = c.headerEnd()
 	}
-	tail := c.part[max(c.searched-3, 0):]
+	return c.header > 0 || len(c.part) <= probe || len(c.part) >= w.f.cfg.MaxMessage
+}
+
+// headerEnd looks for the empty line in what has come since the last call.
+func (c *conn) headerEnd() int {
+	from := max(c.searched-len("\n\r"), 0)
 	c.searched = len(c.part)
-	c.header = bytes.Contains(tail, []byte("\n\r\n")) || bytes.Contains(tail, []byte("\n\n"))
-	return c.header
+	for _, end := range []string{"\n\r\n", "\n\n"} {
+		if i := bytes.Index(c.part[from:], []byte(end)); i >= 0 {
+			return from + i + len(end)
+		}
+	}
+	return 0
 }
 
 // expire closes what has been idle, or incomplete, for too long.

@@ -51,8 +51,14 @@ func (s *swap) release() {
 
 // adopt puts all sockets of a worker in place.
 func (e *events) adopt(engine gnet.Engine) error {
+	names := make(map[netip.AddrPort]bool)
 	for i := range e.swaps {
-		if err := e.swaps[i].apply(engine); err != nil {
+		err := errors.New("another one has this name")
+		if at := e.swaps[i].at; !names[at] {
+			names[at] = true
+			err = e.swaps[i].apply(engine)
+		}
+		if err != nil {
 			return fmt.Errorf("put socket over placeholder %s: %w", e.swaps[i].at, err)
 		}
 	}

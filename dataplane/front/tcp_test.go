@@ -109,7 +109,6 @@ func TestTCPBad(t *testing.T) {
 		{"garbage", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "start_line", DropFraming},
 		{"long header", "MESSAGE sip:a SIP/2.0\r\nX: " + strings.Repeat("x", 5000), "too_large", DropFraming},
 		{"long body", sip("1", 5000)[:400], "too_large", DropFraming},
-		{"fragments", "", "fragments", DropPartial},
 		{"incomplete", sip("1", 100)[:150], "incomplete", DropPartial},
 		{"ping and garbage", "\r\n" + strings.Repeat("\x01", 20), "start_line", DropFraming},
 	} {
@@ -120,23 +119,7 @@ func TestTCPBad(t *testing.T) {
 			}
 			f, events := run(t, cfg, recorder{onBad: func(w *Worker, f ims.Flow) { _ = w.SendTCP(f.Conn, []byte("SIP/2.0 400 ")) }})
 			c := tcpPeer(t, f.Listeners()[0].Addr)
-			if tt.reason == "fragments" {
-				head := sip("1", 3000)
-				head = head[:len(head)-3000]
-				expect(t, events, "boot")
-				write(t, c, head)
-				sent := uint64(len(head))
-				for range 2999 { // each octet read by itself
-					eventually(t, "octet is read", func() bool { s := f.Stats(); return s.Side(ims.GmClear).BytesIn == sent })
-					if len(events) > 0 {
-						break
-					}
-					write(t, c, "x")
-					sent++
-				}
-			} else {
-				write(t, c, tt.send)
-			}
+			write(t, c, tt.send)
 			e := expect(t, events, "bad")
 			mustEqual(t, "reason", e.reason, tt.reason)
 			expect(t, events, "closed")

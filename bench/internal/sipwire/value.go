@@ -253,17 +253,6 @@ func (p Params) Set(name, value string) Params {
 	return append(out, Param{Name: name, Value: value})
 }
 
-// Without returns the parameters except one.
-func (p Params) Without(name string) Params {
-	var out Params
-	for _, e := range p {
-		if !strings.EqualFold(e.Name, name) {
-			out = append(out, e)
-		}
-	}
-	return out
-}
-
 // Mark writes what a server adds to the topmost Via of a request it received: received when the source address is not
 // the one in sent-by, and the source port where rport asks for it (RFC 3261 §18.2.1, RFC 3581 §4).
 func (m *Message) Mark(from netip.AddrPort) error {
@@ -424,9 +413,6 @@ func ParseAddr(v string) (Addr, error) {
 		Params: ParseParams(strings.TrimPrefix(rest, ";")),
 	}, nil
 }
-
-// HostPort prints an address and port as SIP does, IPv6 in brackets.
-func HostPort(a netip.AddrPort) string { return a.String() }
 
 // Host prints an address as SIP does, IPv6 in brackets.
 func Host(a netip.Addr) string {
