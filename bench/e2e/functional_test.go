@@ -75,8 +75,9 @@ func checkPhones(t *testing.T, phones ...*ue.UE) {
 
 // life is the whole life of two phones: everything a phone does, in both directions.
 func (f *fixture) life(t *testing.T, p *pair) {
-	ctx := timed(t)
-	run := func(name string, do func(t *testing.T)) { t.Run(name, do) }
+	run := func(name string, do func(ctx context.Context, t *testing.T)) {
+		t.Run(name, func(t *testing.T) { do(timed(t), t) })
+	}
 	body := func(u *ue.UE) string {
 		in := u.Received()
 		if len(in) == 0 {
@@ -84,7 +85,7 @@ func (f *fixture) life(t *testing.T, p *pair) {
 		}
 		return in[len(in)-1].Body
 	}
-	run("message", func(t *testing.T) {
+	run("message", func(ctx context.Context, t *testing.T) {
 		for _, d := range []struct {
 			from, to *ue.UE
 			uri      string
@@ -104,7 +105,7 @@ func (f *fixture) life(t *testing.T, p *pair) {
 		}
 	})
 	call := func(name string, from *ue.UE, to string, o ue.CallOptions, want int) {
-		run(name, func(t *testing.T) {
+		run(name, func(ctx context.Context, t *testing.T) {
 			res, err := from.Call(ctx, to, o)
 			if refused, ok := errors.AsType[*ue.StatusError](err); err != nil && (!ok || refused.Status != want) {
 				t.Fatal(err)
@@ -126,13 +127,13 @@ func (f *fixture) life(t *testing.T, p *pair) {
 	call("re-INVITE", p.b, p.aURI, ue.CallOptions{PRACK: true, ReInvite: true}, 200)
 	call("cancel", p.a, p.bURI, ue.CallOptions{Cancel: true}, 487)
 	call("to nobody", p.a, "sip:+15550999999@"+domain, ue.CallOptions{}, 404)
-	run("large call", func(t *testing.T) {
+	run("large call", func(ctx context.Context, t *testing.T) {
 		res, err := p.a.Call(ctx, p.bURI, ue.CallOptions{PRACK: true, BodySize: largeBody})
 		if err != nil || res.Status != 200 {
 			t.Fatalf("%d, %v", res.Status, err)
 		}
 	})
-	run("subscribe", func(t *testing.T) {
+	run("subscribe", func(ctx context.Context, t *testing.T) {
 		res, err := p.a.Subscribe(ctx, "reg")
 		if err != nil || res.Status != 200 {
 			t.Fatalf("%d, %v", res.Status, err)
@@ -141,7 +142,7 @@ func (f *fixture) life(t *testing.T, p *pair) {
 			t.Errorf("NOTIFY without the identity:\n%s", res.Notify.Body)
 		}
 	})
-	run("refresh", func(t *testing.T) {
+	run("refresh", func(ctx context.Context, t *testing.T) {
 		res, err := p.a.Reregister(ctx)
 		if err != nil {
 			t.Fatal(err)
@@ -151,8 +152,8 @@ func (f *fixture) life(t *testing.T, p *pair) {
 		}
 		f.mustMessage(ctx, t, p.b, p.aURI)
 	})
-	run("re-register", func(t *testing.T) { f.renew(ctx, t, p) })
-	run("de-register", func(t *testing.T) {
+	run("re-register", func(ctx context.Context, t *testing.T) { f.renew(ctx, t, p) })
+	run("de-register", func(ctx context.Context, t *testing.T) {
 		for _, u := range []*ue.UE{p.a, p.b} {
 			if err := u.Deregister(ctx); err != nil {
 				t.Error(err)

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -108,6 +109,7 @@ type fixtureConfig struct {
 	clear    lab.ClearRules // what may be seen in clear
 	problems []string       // findings of the core that this test provokes, as parts of their text
 	coreDies bool           // the test ends the core itself
+	register time.Duration  // mw.register_timeout, default registerTimeout
 	coreAddr netip.AddrPort // default: as the lab plans it
 	subs     int            // subscribers, default 32
 }
@@ -185,7 +187,10 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 	check(err)
 	d := cfg.daemon
 	d.Backend, d.OldSet, d.RegAwaitAuth = backend(), oldSet, regAwaitAuth
-	d.RegisterTimeout, d.HealthInterval = registerTimeout, -1
+	if cfg.register == 0 {
+		cfg.register = registerTimeout
+	}
+	d.RegisterTimeout, d.HealthInterval = cfg.register, -1
 	f.config = f.lab.DaemonConfig(d)
 	f.daemon, err = f.lab.StartDaemon(ctx, bin, f.config, nil)
 	check(err)
@@ -222,6 +227,9 @@ problems:
 		}
 		t.Errorf("core: %s", p)
 	}
+	if t.Failed() {
+		f.logMetrics(t)
+	}
 	if err := f.daemon.Stop(); err != nil {
 		t.Error(err)
 	}
@@ -236,6 +244,25 @@ problems:
 	if t.Failed() {
 		t.Logf("end of the daemon's log:\n%s", f.daemon.Tail(60))
 	}
+}
+
+// logMetrics prints what the daemon counted, for the reader of a failure.
+func (f *fixture) logMetrics(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	m, err := f.daemon.Metrics(ctx)
+	if err != nil {
+		t.Logf("no metrics: %v", err)
+		return
+	}
+	var lines []string
+	for k, v := range m {
+		if v != 0 && strings.HasPrefix(k, "gmgate_") && !strings.Contains(k, "_bucket") {
+			lines = append(lines, fmt.Sprintf("%s %g", k, v))
+		}
+	}
+	slices.Sort(lines)
+	t.Logf("the daemon's metrics:\n%s", strings.Join(lines, "\n"))
 }
 
 // xfrm counts states or policies in the gm namespace.

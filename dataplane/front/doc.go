@@ -30,8 +30,8 @@
 // when it races with the end of an engine.
 //
 // All members of a reuseport group are bound in the order of the workers, since the BPF program returns the position
-// in the group, and nobody else may hold the address: New refuses one that is in use, which SO_REUSEPORT alone would
-// share silently.
+// in the group, and nobody else may hold the address: the first one is bound without SO_REUSEPORT, which would share it
+// silently, and New refuses an address that is in use.
 //
 // # Clauses
 //

@@ -250,7 +250,12 @@ func (f *Front) startEngine(e *events) error {
 			return err
 		}
 	case <-w.ended:
-		return fmt.Errorf("run event engine: %w", w.engineErr)
+		select {
+		case err := <-e.boot: // it has come as far as that
+			return errors.Join(err, w.failure())
+		default:
+			return w.failure()
+		}
 	}
 	for i := range e.swaps {
 		e.swaps[i].release()
@@ -263,9 +268,16 @@ func (f *Front) startEngine(e *events) error {
 	case <-w.ready:
 		return w.bootErr
 	case <-w.ended:
-		return fmt.Errorf("run event engine: %w", w.engineErr)
+		return w.failure()
 	}
 }
+
+// failure tells of an engine that has ended by itself. gnet logs why, and returns it only sometimes.
+func (w *Worker) failure() error {
+	return fmt.Errorf("event engine of worker %d has ended: %w", w.idx, errors.Join(w.engineErr, errEngine))
+}
+
+var errEngine = errors.New("see the log for the cause")
 
 func (f *Front) engineEnded() { f.doneOnce.Do(func() { close(f.done) }) }
 
@@ -305,8 +317,7 @@ func (f *Front) Err() error {
 		select {
 		case <-w.ended:
 			if w.engineErr != nil || f.ctx.Err() == nil {
-				errs = append(errs, fmt.Errorf("event engine of worker %d has ended: %w", w.idx,
-					errors.Join(w.engineErr, errors.New("see the log"))))
+				errs = append(errs, w.failure())
 			}
 		default:
 		}

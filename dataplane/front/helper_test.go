@@ -3,7 +3,6 @@ package front
 import (
 	"bufio"
 	"context"
-	"encoding/hex"
 	"fmt"
 	"io"
 	"log/slog"
@@ -290,22 +289,43 @@ func namespace(t *testing.T, prefixes ...string) *hostnet.NS {
 			t.Fatal(err)
 		}
 	}
-	// The kernel installs the local route of an IPv6 address later, from a work queue. A socket that is connected before
-	// keeps the failed look-up.
-	eventually(t, "addresses are usable", func() bool {
-		var table []byte
-		if err := ns.Do(func() (err error) { table, err = os.ReadFile("/proc/thread-self/net/ipv6_route"); return err }); err != nil {
-			t.Fatal(err)
-		}
-		for _, p := range prefixes {
-			a := netip.MustParsePrefix(p).Addr()
-			if a.Is6() && !strings.Contains(string(table), hex.EncodeToString(a.AsSlice())+" 80 ") {
-				return false
+	// The kernel makes an IPv6 address usable some time later, from a work queue; until then packets find no route, and a
+	// socket that is connected keeps that for good.
+	for _, from := range prefixes {
+		for _, to := range prefixes {
+			a, b := netip.MustParsePrefix(from).Addr(), netip.MustParsePrefix(to).Addr()
+			if a.Is6() && b.Is6() {
+				eventually(t, "addresses are usable", func() bool { return ns.Do(func() error { return tryRoute(a, b) }) == nil })
 			}
 		}
-		return true
-	})
+	}
 	return ns
+}
+
+// tryRoute sends a datagram from one address to another.
+func tryRoute(from, to netip.Addr) error {
+	dst, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, 0)))
+	if err != nil {
+		return err
+	}
+	defer dst.Close() //nolint:errcheck // test
+	at, ok := dst.LocalAddr().(*net.UDPAddr)
+	if !ok {
+		return net.ErrClosed
+	}
+	src, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), at)
+	if err != nil {
+		return err
+	}
+	defer src.Close() //nolint:errcheck // test
+	if _, err := src.Write([]byte("probe")); err != nil {
+		return err
+	}
+	if err := dst.SetReadDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
+		return err
+	}
+	_, err = dst.Read(make([]byte, 10))
+	return err
 }
 
 // logBuffer collects log lines.

@@ -22,7 +22,7 @@ type swap struct {
 // newSwap reserves a loopback port for a placeholder. While the reservation lasts nobody else gets the port, so the
 // address names one listener of one engine. gnet may bind to it as well, since both share the port.
 func newSwap(fd int, place func(fd int)) (swap, error) {
-	r, err := openSocket(unix.SOCK_DGRAM, netip.MustParseAddrPort("127.0.0.1:0"), shareOptions())
+	r, err := openAlone(unix.SOCK_DGRAM, netip.MustParseAddrPort("127.0.0.1:0"), nil)
 	if err != nil {
 		return swap{}, fmt.Errorf("reserve a placeholder on loopback: %w", err)
 	}

@@ -107,7 +107,7 @@ func (c *Config) addressOptions(v6 bool) []option {
 }
 
 func (c *Config) udpOptions(v6 bool) []option {
-	o := append(shareOptions(), c.addressOptions(v6)...)
+	o := c.addressOptions(v6)
 	// FORCE needs CAP_NET_ADMIN and exceeds net.core.[rw]mem_max; without it we get what the limits allow.
 	o = append(o,
 		option{level: unix.SOL_SOCKET, name: unix.SO_RCVBUF, value: c.ReadBuffer},
@@ -148,22 +148,35 @@ func openSocket(typ int, addr netip.AddrPort, opts []option) (fd int, err error)
 	return fd, nil
 }
 
-// claim fails if somebody else uses the address. With SO_REUSEPORT alone a second process of the same user would share
-// it silently, and take part of the traffic.
-func (c *Config) claim(typ int, addr netip.AddrPort) error {
-	if addr.Port() == 0 {
-		return nil
+// openAlone opens a socket at an address that nobody else uses and lets sockets of ours join it there afterwards. With
+// SO_REUSEPORT set before bind a second process of the same user would share the address silently, and take part of the
+// traffic; and the kernel may choose a port that another such socket has.
+func openAlone(typ int, addr netip.AddrPort, opts []option) (int, error) {
+	fd, err := openSocket(typ, addr, opts)
+	if err != nil {
+		return -1, err
 	}
+	if err := setOptions(fd, shareOptions()); err != nil {
+		_ = unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// claimTCP fails if somebody else listens on the address, and chooses a port if it has none. See openAlone;
+// net.ListenConfig cannot work like that.
+func (c *Config) claimTCP(addr netip.AddrPort) (netip.AddrPort, error) {
 	opts := c.addressOptions(addr.Addr().Is6())
-	if typ == unix.SOCK_STREAM {
+	if addr.Port() != 0 {
 		// Connections of a predecessor in TIME_WAIT do not count, listening sockets still do.
 		opts = append(opts, option{level: unix.SOL_SOCKET, name: unix.SO_REUSEADDR, value: 1})
 	}
-	fd, err := openSocket(typ, addr, opts)
+	fd, err := openSocket(unix.SOCK_STREAM, addr, opts)
 	if err != nil {
-		return err
+		return addr, err
 	}
-	return os.NewSyscallError("close", unix.Close(fd))
+	addr, err = localAddr(fd)
+	return addr, errors.Join(err, os.NewSyscallError("close", unix.Close(fd)))
 }
 
 // openGroup opens the UDP sockets of a listener, one for each of n workers, in order. The address it returns has the port
@@ -175,18 +188,22 @@ func (c *Config) openGroup(addr netip.AddrPort, n int) (fds []int, bound netip.A
 			fds = nil
 		}
 	}()
-	if err := c.claim(unix.SOCK_DGRAM, addr); err != nil {
+	opts := c.udpOptions(addr.Addr().Is6())
+	first, err := openAlone(unix.SOCK_DGRAM, addr, opts)
+	if err != nil {
 		return nil, addr, err
 	}
+	fds = append(fds, first)
+	if addr, err = localAddr(first); err != nil {
+		return fds, addr, err
+	}
+	opts = append(opts, shareOptions()...)
 	for len(fds) < n {
-		fd, err := openSocket(unix.SOCK_DGRAM, addr, c.udpOptions(addr.Addr().Is6()))
+		fd, err := openSocket(unix.SOCK_DGRAM, addr, opts)
 		if err != nil {
 			return fds, addr, err
 		}
 		fds = append(fds, fd)
-		if addr, err = localAddr(fd); err != nil {
-			return fds, addr, err
-		}
 	}
 	return fds, addr, nil
 }
@@ -215,11 +232,12 @@ func (c *Config) listenTCP(l Listener) (*net.TCPListener, error) {
 		network = "tcp6"
 	}
 	var ln net.Listener
-	err := c.inNamespace(l.Hidden, func() (err error) {
-		if err := c.claim(unix.SOCK_STREAM, l.Addr); err != nil {
+	err := c.inNamespace(l.Hidden, func() error {
+		addr, err := c.claimTCP(l.Addr)
+		if err != nil {
 			return err
 		}
-		ln, err = lc.Listen(context.Background(), network, l.Addr.String())
+		ln, err = lc.Listen(context.Background(), network, addr.String())
 		return err
 	})
 	if err != nil {

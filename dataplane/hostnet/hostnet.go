@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -194,7 +195,8 @@ func (n *NS) SetMTU(link string, mtu int) error {
 	})
 }
 
-// AddAddr puts an address on a link. Duplicate address detection of IPv6 is left out, so the address is usable at once.
+// AddAddr puts an address on a link. Duplicate address detection of IPv6 is left out, so the address is usable when
+// AddAddr returns, if the link is up.
 func (n *NS) AddAddr(link string, p netip.Prefix) error {
 	return n.onLink(link, func(h *netlink.Handle, l netlink.Link) error {
 		a := &netlink.Addr{IPNet: ipNet(p)}
@@ -204,11 +206,32 @@ func (n *NS) AddAddr(link string, p netip.Prefix) error {
 		if err := h.AddrAdd(l, a); err != nil {
 			return fmt.Errorf("add address %s to %s: %w", p, link, err)
 		}
+		if p.Addr().Is6() && l.Attrs().Flags&net.FlagUp != 0 {
+			awaitLocal(h, a.IP)
+		}
 		return nil
 	})
 }
 
 const ifaFlagNoDAD = 0x02
+
+// Implementation constants: how long the kernel may take with the route of a new IPv6 address, and how often we look.
+const (
+	localWait = time.Second
+	localPoll = time.Millisecond
+)
+
+// awaitLocal waits until the kernel routes an address to itself. It makes the route of a new IPv6 address later than the
+// address, and a socket that is connected meanwhile stays dead.
+func awaitLocal(h *netlink.Handle, ip net.IP) {
+	poll := time.NewTicker(localPoll)
+	defer poll.Stop()
+	for end := time.Now().Add(localWait); time.Now().Before(end); <-poll.C {
+		if rs, err := h.RouteGet(ip); err == nil && len(rs) > 0 && rs[0].Type == routeLocal {
+			return
+		}
+	}
+}
 
 // AddRoute routes a prefix through a link, by a gateway if via is valid.
 func (n *NS) AddRoute(link string, dst netip.Prefix, via netip.Addr) error {

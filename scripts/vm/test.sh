@@ -8,12 +8,18 @@
 # policies in all namespaces is printed before, at its highest during, and after: after has to be 0.
 set -euo pipefail
 
-# Packages whose tests run in the guest, and programs that lie beside them there (GMGATE_BIN is their folder), such as
-# cmd/gmgate for end-to-end tests.
-packages=(dataplane/xfrm)
-programs=()
+# Packages whose tests run in the guest, and programs that lie beside them there: the end-to-end tests find the daemon by
+# GMGATE_BINARY.
+packages=(dataplane/xfrm bench/ue bench/e2e)
+programs=(cmd/gmgate)
+# Runs of a package with other settings than the one and only: PACKAGE|VARIABLES|TEST-FLAGS. A package that is listed
+# here runs once for each of its lines. The two ESP implementations check each other, both ways round.
+variants=(
+  'bench/e2e|GMGATE_E2E_BACKEND=xfrm GMGATE_E2E_UE=userspace|'
+  'bench/e2e|GMGATE_E2E_BACKEND=userspace GMGATE_E2E_UE=xfrm|-test.run=TestLife|TestSuites|TestLargeDatagrams'
+)
 
-seconds=600
+seconds=900
 if [[ ${1:-} == -t ]]; then
   seconds=$2
   shift 2
@@ -33,9 +39,10 @@ for p in "${packages[@]}"; do
   if [[ -d $p/testdata ]]; then cp -r "$p/testdata" "$out/tests/$p/"; fi
 done
 printf '%q ' "$@" >"$out/flags"
+printf '%s\n' "${variants[@]}" >"$out/variants"
 
 cat >"$out/guest.sh" <<'GUEST'
-export GMGATE_GUEST=1 REQUIRE_KERNEL_TESTS=1 GMGATE_BIN=/x/bin
+export GMGATE_GUEST=1 REQUIRE_KERNEL_TESTS=1 GMGATE_BINARY=/x/bin/gmgate
 eval "flags=($(cat /x/flags))"
 
 # Loading the crypto modules takes seconds in an emulated processor: do it before any test measures its patience.
@@ -77,16 +84,28 @@ echo "0 0" >/tmp/peak
 watch & watcher=$!
 
 failed=0 packages=0
-for binary in $(find /x/tests -name test -type f | sort); do
-  folder=${binary%/test}
-  echo "--- ${folder#/x/tests/}"
-  (cd "$folder" && ./test -test.v -test.timeout 20m "${flags[@]}"; echo "$?" >/tmp/status) 2>&1 |
+# run_tests PACKAGE VARIABLES TEST-FLAG...
+run_tests() {
+  local package=$1 variables=$2 status
+  shift 2
+  echo "--- $package $variables"
+  (cd "/x/tests/$package" && env $variables ./test -test.v -test.timeout 20m "$@" "${flags[@]}"; echo "$?" >/tmp/status) 2>&1 |
     tee -a /tmp/log | grep -v '^=== '
   ((packages += 1))
-  if [[ $(cat /tmp/status) != 0 ]]; then
+  read -r status </tmp/status
+  if [[ $status != 0 ]]; then
     ((failed += 1))
-    echo "--- ${folder#/x/tests/} FAILED"
+    echo "--- $package $variables FAILED"
   fi
+}
+for binary in $(find /x/tests -name test -type f | sort); do
+  package=${binary#/x/tests/} package=${package%/test} found=
+  while IFS='|' read -r p variables test_flags; do
+    [[ $p == "$package" ]] || continue
+    found=1
+    run_tests "$package" "$variables" ${test_flags:+"$test_flags"}
+  done </x/variants
+  [[ $found ]] || run_tests "$package" ""
 done
 
 { kill $watcher && wait $watcher; } 2>/dev/null
@@ -105,6 +124,6 @@ echo "test-vm $verdict: $packages packages, $passes tests passed, $fails failed,
 GUEST
 
 status=0
-"$here/boot.sh" -t "$seconds" "$out/guest.sh" "$out/tests" "$out/bin" "$out/flags" || status=$?
+"$here/boot.sh" -t "$seconds" "$out/guest.sh" "$out/tests" "$out/bin" "$out/flags" "$out/variants" || status=$?
 if ((status >= 124)); then echo "test-vm FAILED: the guest did not finish (status $status)"; fi
 exit "$status"
