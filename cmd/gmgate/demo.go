@@ -170,12 +170,12 @@ func (d *demo) title() {
 	d.c.line("%s  %s", d.c.paint(sgrBold, "gmgate demo"), d.c.paint(sgrDim, "the Gm edge of an IMS core, in three network namespaces of this machine"))
 	d.c.line("")
 	left := []string{"phones", fmt.Sprintf("%d × %s ESP", d.o.ues, d.o.ueESP), d.plan.UE(0).String() + " …"}
-	mid := []string{"gmgate", fmt.Sprintf("%s ESP, %d workers", d.o.backend, d.o.workers), d.plan.Gm.String() + " | " + d.plan.Mw.String()}
-	right := []string{"IMS core", "S-CSCF, registrar, AuC", d.plan.Core.String()}
+	mid := []string{"gmgate", fmt.Sprintf("%s ESP, workers: %d", d.o.backend, d.o.workers), d.plan.Gm.String() + " | " + d.plan.Mw.String()}
+	right := []string{"IMS core", "S-CSCF and AuC", d.plan.Core.String()}
 	link := []string{"", "── Gm: ESP ──", ""}
 	mw := []string{"", "── Mw: SIP ──", ""}
 	for i := range left {
-		d.c.line("  %s%s%s%s%s", pad(left[i], 21), pad(link[i], 15), pad(mid[i], 31), pad(mw[i], 15), right[i])
+		d.c.line("  %s%s%s%s%s", pad(left[i], 21), pad(link[i], 15), pad(mid[i], 30), pad(mw[i], 15), right[i])
 	}
 }
 

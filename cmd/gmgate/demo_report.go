@@ -77,10 +77,10 @@ func (d *demo) registrationLadder(p *phone, began time.Time) []rung {
 // setTable describes the four SAs of a set (TS 33.203 §7.1).
 func setTable(r ue.Result) [][]string {
 	row := func(sa, from, to string, fp, tp uint16, spi ims.SPI, carries string) []string {
-		return []string{sa, fmt.Sprintf("%s %d → %s %d", from, fp, to, tp), spi.String(), r.Suite.String(), carries}
+		return []string{sa, fmt.Sprintf("%s %d → %s %d", from, fp, to, tp), spi.String(), carries}
 	}
 	return [][]string{
-		{"SA", "ports", "SPI", "algorithms", "carries"},
+		{"SA", "ports", "SPI", "carries"},
 		row("A in", "port-uc", "port-ps", r.Ports.UC, r.Ports.PS, r.SPIs.PS, "all UDP of the phone, its TCP"),
 		row("B in", "port-us", "port-pc", r.Ports.US, r.Ports.PC, r.SPIs.PC, "answers on gmgate's TCP"),
 		row("C out", "port-pc", "port-us", r.Ports.PC, r.Ports.US, r.SPIs.US, "all UDP to the phone, gmgate's TCP"),
@@ -211,20 +211,22 @@ func (d *demo) checkMetrics(m map[string]float64) (string, error) {
 
 func (d *demo) summary(s lab.Stats, messages int) {
 	d.c.section("Summary")
-	rows := [][]string{{"phone", "identity", "address", "algorithms", "registration", "SM1 to SM6", "SM7 to SM12"}}
+	rows := [][]string{{"phone", "number", "address", "algorithms", "registration", "to SM6", "SM7 to SM12"}}
 	const most = 8
 	for i, p := range d.phones {
 		if i == most {
-			rows = append(rows, []string{fmt.Sprintf("… %d more", len(d.phones)-most)})
 			break
 		}
 		t := p.made.Timings
 		rows = append(rows, []string{
-			p.name[len("phone "):], strings.TrimSuffix(p.sub.IMPU[0], "@"+demoDomain), p.addr.String(), p.made.Suite.String(),
+			p.name[len("phone "):], strings.TrimPrefix(p.sub.IMPU[1], "tel:"), p.addr.String(), p.made.Suite.String(),
 			millis(t.Total), millis(t.Challenge), millis(t.Authenticate),
 		})
 	}
 	d.c.table(rows)
+	if more := len(d.phones) - most; more > 0 {
+		d.c.note("… and %d more", more)
+	}
 	d.c.line("")
 	d.c.table([][]string{
 		{"on the Gm link", "frames"},
