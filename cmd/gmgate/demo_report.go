@@ -211,7 +211,7 @@ func (d *demo) checkMetrics(m map[string]float64) (string, error) {
 
 func (d *demo) summary(s lab.Stats, messages int) {
 	d.c.section("Summary")
-	rows := [][]string{{"phone", "number", "address", "algorithms", "registration", "to SM6", "SM7 to SM12"}}
+	rows := [][]string{{"phone", "number", "address", "algorithms", "registration", "to SM6", "to SM12"}}
 	const most = 8
 	for i, p := range d.phones {
 		if i == most {

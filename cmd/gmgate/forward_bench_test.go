@@ -98,8 +98,8 @@ func (h *phoneHandler) Boot(w *front.Worker) {
 			AwaitAuth: time.Minute, OldSet: time.Minute, MaxSets: 3,
 		},
 		Mw: []netip.Addr{local}, MwPort: 5060, MwTransport: ims.UDP,
-		NextHops:        []ims.Hop{{Addr: h.sink, Transport: ims.UDP}},
-		RegisterTimeout: time.Minute, TokenKey: key, SPIFirst: 1 << 28, SPILast: 1<<32 - 1,
+		NextHops:   []ims.Hop{{Addr: h.sink, Transport: ims.UDP}},
+		PendingMax: 10, PendingSource: 10, RegisterTimeout: time.Minute, TokenKey: key, SPIFirst: 1 << 28, SPILast: 1<<32 - 1,
 	}
 	if h.Worker, err = proxy.New(cfg, 0, &h.backend, observe.New(1), slog.New(slog.DiscardHandler)); err != nil {
 		h.b.Fatal(err)

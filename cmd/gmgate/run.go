@@ -154,6 +154,7 @@ func proxyConfig(cfg *config.Config, suites []ims.Suite) (*proxy.Config, error) 
 			ServerPorts: cfg.Gm.ServerPorts, ClientPorts: cfg.Gm.ClientPorts,
 			AwaitAuth: cfg.Timers.RegAwaitAuth, OldSet: cfg.Timers.OldSet, MaxSets: cfg.Security.MaxSetsPerUE,
 		},
+		PendingMax: cfg.Limits.PendingRegistrations, PendingSource: cfg.Limits.PendingPerSource,
 		LifetimeExtra: cfg.Timers.LifetimeMargin,
 		Mw:            cfg.Mw.Addresses, MwPort: cfg.Mw.Port, MwTransport: cfg.Mw.Transport,
 		Hosts: cfg.Mw.Hosts, Peers: cfg.Mw.Peers, PathHost: cfg.Mw.PathHost,

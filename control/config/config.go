@@ -34,6 +34,7 @@ type Config struct {
 	Gm       Gm
 	Security Security
 	Mw       Mw
+	Limits   Limits
 	Timers   Timers
 	ESP      ESP
 	Metrics  Metrics
@@ -97,6 +98,12 @@ type NextHop struct {
 	Host      string // as configured: an address or a name of Mw.Hosts
 	Addr      netip.AddrPort
 	Transport ims.Transport
+}
+
+// Limits bound what phones that have not been authenticated can take.
+type Limits struct {
+	PendingRegistrations int // registrations that are not confirmed yet, over all sources
+	PendingPerSource     int // of one source: an IPv4 address or an IPv6 /64
 }
 
 // Timers are the timers of registrations and SA sets.
@@ -216,6 +223,7 @@ func Default() *Config {
 			RegisterTimeout:          32 * time.Second,
 			HealthInterval:           5 * time.Second,
 		},
+		Limits:  Limits{PendingRegistrations: 20000, PendingPerSource: 16},
 		Timers:  Timers{RegAwaitAuth: 4 * time.Minute, LifetimeMargin: 30 * time.Second, OldSet: 128 * time.Second},
 		ESP:     ESP{Backend: BackendAuto, ReplayWindow: 256, TunMTU: 9000},
 		Metrics: Metrics{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},

@@ -146,7 +146,7 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 			t.Errorf("%s is neither a section nor a value", path)
 		}
 	})
-	if n != 45 {
+	if n != 47 {
 		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
 	}
 	// Every key differs from its default in everything.yaml, so that none is read into another's place.
@@ -199,6 +199,7 @@ func TestFields(t *testing.T) {
 			VisitedNetwork: "visited.example", PathHost: "pcscf.example", IntegrityProtectedClear: IntegrityAbsent,
 			OrigIOI: "home.example", RegisterTimeout: 8 * time.Second,
 		},
+		Limits:  Limits{PendingRegistrations: 5000, PendingPerSource: 8},
 		Timers:  Timers{RegAwaitAuth: 3 * time.Minute, LifetimeMargin: 10 * time.Second, OldSet: 64 * time.Second},
 		ESP:     ESP{Backend: BackendUserspace, ReplayWindow: 1024, TunMTU: 1500},
 		Metrics: Metrics{Pprof: true},

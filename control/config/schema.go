@@ -135,6 +135,12 @@ func schema() []field {
 			durationField("health_interval", "Time between two OPTIONS to a next hop; 0: none are sent.",
 				func(c *Config) *time.Duration { return &c.Mw.HealthInterval }, 0),
 		}},
+		{key: "limits", doc: "What phones that have not been authenticated can take. Beyond it they get 503 with Retry-After.", sub: []field{
+			intField("pending_registrations", "Registrations under way that are not confirmed yet. Beyond it the oldest ones give way.",
+				func(c *Config) *int { return &c.Limits.PendingRegistrations }, 16, 10000000),
+			intField("pending_per_source", "The same for one source: an IPv4 address, or an IPv6 /64.",
+				func(c *Config) *int { return &c.Limits.PendingPerSource }, 1, 10000000),
+		}},
 		{key: "timers", doc: "Timers of registrations and SA sets (TS 24.229, TS 33.203 section 7.4).", sub: []field{
 			durationField("reg_await_auth", "A challenged phone has this long to come back protected.",
 				func(c *Config) *time.Duration { return &c.Timers.RegAwaitAuth }, 1),

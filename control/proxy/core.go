@@ -55,11 +55,6 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 		w.refuse(f, nil, 483, "Too Many Hops", "Max-Forwards: 0", observe.ReasonMaxForwards)
 		return
 	}
-	tcp := w.retry != retryUDP && w.overTCP(s)
-	transport := ims.UDP
-	if tcp {
-		transport = ims.TCP
-	}
 	// The answer will be sent by the Via as we forward it, so received and rport count as filled in.
 	below := via
 	if via.Received != nil || needsReceived(&via, f.Remote.Addr()) {
@@ -77,6 +72,12 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 	if f.Conn != 0 {
 		w.remember(f.Conn, back.Addr)
 	}
+	digits := w.answerDigits(&below, back)
+	tcp := w.overTCP(s, method, digits)
+	transport := ims.UDP
+	if tcp {
+		transport = ims.TCP
+	}
 
 	w.e.Reset(m)
 	w.markReceived(&via, f)
@@ -88,7 +89,7 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 	w.e.Str(" ")
 	w.e.AddrPort(netip.AddrPortFrom(s.Local, s.Ports.PS))
 	w.e.Str(";branch=")
-	w.putBranch(token{kind: tokenToUE, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, w.answerDigits(&below, back))
+	w.putBranch(token{kind: tokenToUE, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, digits)
 	if called > 0 && called <= 255 { // no hint means the default identity
 		w.putHint(uint8(called), 0)
 	}
@@ -126,10 +127,24 @@ func starts(m sipmsg.Method) bool {
 }
 
 // overTCP decides the transport of a request to a UE: TCP for phones that registered over it and for what is too large
-// for one datagram (RFC 3261 §18.1.1), UDP else.
-func (w *Worker) overTCP(s *registrar.Set) bool {
+// for one datagram (RFC 3261 §18.1.1), UDP else. What belongs to an INVITE goes the way that one went.
+func (w *Worker) overTCP(s *registrar.Set, method sipmsg.Method, tx uint64) bool {
 	const grows = 250 // Via and Record-Route that we add
-	return s.OverTCP || len(w.m.Bytes())+grows > w.cfg.UDPLimit
+	u := s.UE
+	switch {
+	case w.retry == retryUDP:
+		u.Forget(tx)
+		return false
+	case s.OverTCP:
+		return true
+	case method == sipmsg.MethodCancel, method == sipmsg.MethodAck && u.IsOverTCP(tx):
+		return u.IsOverTCP(tx)
+	case len(w.m.Bytes())+grows <= w.cfg.UDPLimit:
+		return false
+	case method == sipmsg.MethodInvite:
+		u.WentOverTCP(tx)
+	}
+	return true
 }
 
 // requestOverTCP sends the finished request on a connection of the set, or opens one. If the UE accepts none the request

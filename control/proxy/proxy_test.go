@@ -102,8 +102,8 @@ func newRig(t testing.TB, change ...func(*Config)) *rig {
 			ServerPorts: []uint16{6100, 6101}, ClientPorts: []uint16{6110, 6111, 6112, 6113},
 			AwaitAuth: 4 * time.Minute, OldSet: 128 * time.Second, MaxSets: 3,
 		},
-		LifetimeExtra: 30 * time.Second,
-		Mw:            []netip.Addr{mwAddr.Addr()}, MwPort: mwAddr.Port(), MwTransport: ims.UDP,
+		LifetimeExtra: 30 * time.Second, PendingMax: 100, PendingSource: 4,
+		Mw: []netip.Addr{mwAddr.Addr()}, MwPort: mwAddr.Port(), MwTransport: ims.UDP,
 		NextHops:       []ims.Hop{{Addr: coreAddr, Transport: ims.UDP}},
 		Hosts:          map[string]netip.Addr{"scscf." + domain: netip.MustParseAddr("10.0.1.7")},
 		VisitedNetwork: domain, ClearIntegrity: "no", QuoteIntegrity: true, RegisterTimeout: 32 * time.Second,
@@ -919,6 +919,39 @@ func TestCancelToUE(t *testing.T) {
 	}
 }
 
+// The CANCEL of an INVITE that went over TCP because of its size goes over TCP as well (RFC 3261 §9.1), and over UDP when
+// the INVITE had to.
+func TestCancelFollowsInvite(t *testing.T) {
+	for _, accepts := range []bool{true, false} {
+		r := newRig(t)
+		p := r.registered()
+		invite := mtInvite(r.path(p), "Subject: "+strings.Repeat("x", 1400)+"\r\n")
+		r.deliver(coreFlow(), invite)
+		if len(r.l.dials) != 1 {
+			t.Fatalf("dials: %v", r.l.dials)
+		}
+		f := p.tcpFlow(9)
+		f.Local, f.Remote = r.l.dials[0].local, r.l.dials[0].remote
+		want := ims.ConnID(0)
+		if accepts {
+			want = 9
+			r.l.conns[9] = true
+			r.w.Dialed(r.l.dials[0].tag, 9, f, nil)
+		} else {
+			r.w.Dialed(r.l.dials[0].tag, 0, f, io.ErrClosedPipe)
+		}
+		for _, method := range []string{"CANCEL", "ACK"} {
+			small := strings.NewReplacer("INVITE sip", method+" sip", "1 INVITE", "1 "+method).Replace(mtInvite(r.path(p), ""))
+			if got := r.one(coreFlow(), small); got.conn != want {
+				t.Errorf("phone accepts TCP: %v, %s goes by connection %d, want %d", accepts, method, got.conn, want)
+			}
+		}
+		if got := r.one(coreFlow(), strings.Replace(mtInvite(r.path(p), ""), "z9hG4bKs9", "z9hG4bKother", 1)); got.conn != 0 {
+			t.Error("another INVITE goes over TCP")
+		}
+	}
+}
+
 func (p *phone) tcpFlow(c ims.ConnID) ims.Flow {
 	f := p.protectedFlow
 	f.Transport, f.Conn = ims.TCP, c
@@ -1059,6 +1092,84 @@ func TestDeregistration(t *testing.T) {
 				t.Error("something is left")
 			}
 		})
+	}
+}
+
+// A flood of REGISTERs in clear takes no more than its share, and leaves nothing.
+func TestFlood(t *testing.T) {
+	r := newRig(t)
+	good := r.registered()
+	send := func(addr netip.Addr, n int) int {
+		p := newPhone()
+		p.addr, p.impi = addr, fmt.Sprintf("flood%d@%s", n, domain)
+		f := clearFlow()
+		f.Remote = netip.AddrPortFrom(addr, 5060)
+		out := r.one(f, p.register(fmt.Sprintf("fl%d", n), 5060))
+		if out.remote == coreAddr {
+			return 0
+		}
+		if !strings.Contains(out.msg, "Retry-After: ") {
+			t.Errorf("refused without Retry-After:\n%s", out.msg)
+		}
+		return status(t, out.msg)
+	}
+	source := netip.MustParseAddr("10.45.1.1")
+	for n := range 20 {
+		want := 0
+		if n >= 4 {
+			want = 503
+		}
+		if got := send(source, n); got != want {
+			t.Errorf("REGISTER %d of one source: %d, want %d", n, got, want)
+		}
+	}
+	addr := netip.MustParseAddr("10.46.0.1")
+	for n := range 2000 {
+		if got := send(addr, 1000+n); got != 0 {
+			t.Fatalf("REGISTER of source %v: %d", addr, got)
+		}
+		addr = addr.Next()
+	}
+	if r.w.waiting.n != 100 || len(r.w.txs) > 100+2 {
+		t.Errorf("%d wait, %d transactions", r.w.waiting.n, len(r.w.txs))
+	}
+	if out := r.deliver(good.protectedFlow, good.message()); len(out) != 1 || out[0].remote.Addr() == ueAddr {
+		t.Errorf("the registered phone is disturbed: %v", out)
+	}
+	r.advance(200 * time.Second)
+	if len(r.w.txs) != 0 || len(r.w.newest) != 0 || r.w.waiting.n != 0 || len(r.w.waiting.bySource) != 0 {
+		t.Errorf("left: %d transactions, %d newest, %d waiting, %d sources",
+			len(r.w.txs), len(r.w.newest), r.w.waiting.n, len(r.w.waiting.bySource))
+	}
+	if r.backend.Count() != 4 || r.w.table.SPIsInUse() != 2 {
+		t.Errorf("%d SAs, %d SPIs", r.backend.Count(), r.w.table.SPIsInUse())
+	}
+}
+
+// Sets that wait for their authentication count as well: challenges answered by the core do not free the share.
+func TestFloodOfChallenges(t *testing.T) {
+	r := newRig(t)
+	for n := range 6 {
+		p := newPhone()
+		p.impi = fmt.Sprintf("flood%d@%s", n, domain)
+		p.portS = uint16(8000 + 2*n)
+		p.securityClient = fmt.Sprintf("ipsec-3gpp;alg=hmac-sha-1-96;spi-c=%d;spi-s=%d;port-c=%d;port-s=%d",
+			5000+2*n, 5001+2*n, 8001+2*n, 8000+2*n)
+		out := r.one(clearFlow(), p.register(fmt.Sprintf("c%d", n), 5060))
+		if n >= 4 {
+			if out.remote.Addr() != ueAddr || status(t, out.msg) != 503 {
+				t.Errorf("REGISTER %d: %v", n, out.msg)
+			}
+			continue
+		}
+		r.one(coreFlow(), answerTo(t, out.msg, "401 Unauthorized", challenge))
+	}
+	r.advance(5 * time.Minute)
+	if r.backend.Count() != 0 || r.w.table.SPIsInUse() != 0 || r.w.table.UEs() != 0 {
+		t.Error("something is left")
+	}
+	if out := r.one(clearFlow(), newPhone().register("again", 5060)); out.remote != coreAddr {
+		t.Errorf("the share does not come free:\n%s", out.msg)
 	}
 }
 

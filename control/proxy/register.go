@@ -62,6 +62,9 @@ type regTx struct {
 	resend  time.Duration
 	timer   wheel.Timer
 	timeout wheel.Timer
+
+	older, newer *regTx // in pendingQueue
+	queued       bool
 }
 
 func newestKey(impi string, a netip.Addr) string { return a.String() + " " + impi }
@@ -79,20 +82,27 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 		w.repeat(tx)
 		return
 	}
+	if s == nil && !w.room(f) {
+		w.refuse(f, s, 503, "Service Unavailable", "too many registrations of this address under way", observe.ReasonBusy,
+			retryAfter)
+		return
+	}
 	tx := w.admit(f, s, &via)
 	if tx == nil {
 		return
 	}
 	tx.key = key
 	if len(w.txs) >= maxRegisterTx {
-		w.refuse(f, s, 503, "Service Unavailable", "too many registrations under way", observe.ReasonBusy,
-			"Retry-After: 30\r\n")
+		w.refuse(f, s, 503, "Service Unavailable", "too many registrations under way", observe.ReasonBusy, retryAfter)
 		return
 	}
 	if !w.buildRegister(tx, &via) {
 		return
 	}
 	w.txs[key] = tx
+	if s == nil {
+		w.enqueuePending(tx)
+	}
 	nk := newestKey(tx.impi, f.Remote.Addr())
 	if old := w.newest[nk]; old != nil && old.final == nil {
 		old.replaced = true
@@ -484,6 +494,7 @@ func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why
 // finishRegister keeps the final answer for retransmissions and sends it.
 func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 	w.wheel.Stop(&tx.timer)
+	w.waiting.remove(tx)
 	tx.final, tx.fwd, tx.busy = msg, nil, false
 	if w.newest[newestKey(tx.impi, tx.flow.Remote.Addr())] == tx {
 		delete(w.newest, newestKey(tx.impi, tx.flow.Remote.Addr()))
@@ -496,7 +507,11 @@ func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 func (w *Worker) forget(tx *regTx) {
 	w.wheel.Stop(&tx.timer)
 	w.wheel.Stop(&tx.timeout)
+	w.waiting.remove(tx)
 	delete(w.txs, tx.key)
+	if nk := newestKey(tx.impi, tx.flow.Remote.Addr()); w.newest[nk] == tx {
+		delete(w.newest, nk)
+	}
 }
 
 // answerRegister sends an answer in the context of its REGISTER: in clear for one that came in clear, over the same set

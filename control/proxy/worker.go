@@ -30,6 +30,8 @@ type Config struct {
 	StatusVerify  int          // Security-Verify or Security-Client differs
 	StatusTaken   int          // address and port belong to another IMPI
 	Registrar     registrar.Config
+	PendingMax    int           // registrations not confirmed yet, over all workers
+	PendingSource int           // of one source: an IPv4 address or an IPv6 /64
 	LifetimeExtra time.Duration // SA lifetime beyond the registration's expiry, TS 24.229 §5.2.2.2
 
 	// Mw side. Worker k listens on MwPort+k.
@@ -101,6 +103,7 @@ type Worker struct {
 
 	txs     map[txKey]*regTx
 	newest  map[string]*regTx // newest REGISTER transaction by IMPI and address
+	waiting pendingQueue      // REGISTER transactions in clear that are not answered yet
 	conns   map[ims.ConnID]*registrar.Set
 	dials   map[uint64]*dial
 	ueDial  map[*registrar.Set]*dial
@@ -135,7 +138,7 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 	w := &Worker{
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
 		mwPort: cfg.MwPort + uint16(id),
-		txs:    make(map[txKey]*regTx), newest: make(map[string]*regTx),
+		txs:    make(map[txKey]*regTx), newest: make(map[string]*regTx), waiting: newPendingQueue(),
 		conns: make(map[ims.ConnID]*registrar.Set),
 		dials: make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
 		mwConn: make(map[netip.AddrPort]ims.ConnID), mwPeer: make(map[ims.ConnID]netip.AddrPort),

@@ -91,6 +91,28 @@ type UE struct {
 	Expires      time.Time
 
 	portTurn int // rotates through the port-pc pool
+
+	large     [4]uint64 // transactions of the latest INVITEs that went over TCP because of their size
+	largeTurn uint8
+}
+
+// WentOverTCP notes that an INVITE to the UE went over TCP because of its size: its CANCEL and the ACK of a non-2xx answer
+// must take the same transport (RFC 3261 §9.1 and §17.1.1.3), small as they are. tx identifies the transaction.
+func (u *UE) WentOverTCP(tx uint64) {
+	if !u.IsOverTCP(tx) {
+		u.large[u.largeTurn] = tx
+		u.largeTurn = (u.largeTurn + 1) % uint8(len(u.large))
+	}
+}
+
+// IsOverTCP reports whether the transaction was noted by WentOverTCP; Forget takes it back.
+func (u *UE) IsOverTCP(tx uint64) bool { return slices.Contains(u.large[:], tx) }
+
+// Forget takes back what WentOverTCP noted, because the INVITE went over UDP after all.
+func (u *UE) Forget(tx uint64) {
+	if i := slices.Index(u.large[:], tx); i >= 0 {
+		u.large[i] = 0
+	}
 }
 
 // Set is an SA set with what the SIP side remembers of its agreement.
@@ -114,6 +136,7 @@ type Set struct {
 	ConnOut  ims.ConnID // connection opened by us, pc to us
 
 	timer    wheel.Timer
+	initial  bool // SM1 came in clear
 	removing bool // told to go, waiting for its grace
 }
 
@@ -151,7 +174,10 @@ type Table struct {
 	byKey   map[ueKey]*UE
 	byTuple map[tuple]*Set
 	byAddr  map[netip.Addr][]*Set
-	nextID  uint64
+	// unconfirmed counts the sets of initial registrations that nobody has proved to be entitled to, by source.
+	unconfirmed map[netip.Prefix]int
+	pending     int // their sum
+	nextID      uint64
 }
 
 // New makes an empty table. worker makes set ids unique in the process, post runs a function on the worker's loop.
@@ -162,6 +188,45 @@ func New(cfg Config, worker int, spis *sa.SPIPool, w *wheel.Wheel, now func() ti
 		cfg: cfg, worker: worker, wheel: w, now: now, installer: inst, post: post, obs: obs, spis: spis,
 		ues: make([]*UE, 1), gens: make([]uint16, 1),
 		byKey: make(map[ueKey]*UE), byTuple: make(map[tuple]*Set), byAddr: make(map[netip.Addr][]*Set),
+		unconfirmed: make(map[netip.Prefix]int),
+	}
+}
+
+// Source returns what counts as one source of registrations: an IPv4 address, or an IPv6 /64, since a phone may take any
+// address in its own.
+func Source(a netip.Addr) netip.Prefix {
+	bits := 32
+	if a.Is6() {
+		bits = 64
+	}
+	p, _ := a.Unmap().Prefix(bits)
+	return p
+}
+
+// Unconfirmed returns how many SA sets of initial registrations wait for their authentication: those of one source, and
+// of all.
+func (t *Table) Unconfirmed(source netip.Prefix) (here, all int) {
+	return t.unconfirmed[source], t.pending
+}
+
+// waits reports whether a set counts as unconfirmed.
+func (s *Set) waits() bool { return (s.Phase == sa.Reserved || s.Phase == sa.Temporary) && s.initial }
+
+// account notes that a set has begun to wait for its authentication, or has stopped.
+func (t *Table) account(s *Set, before bool) {
+	after := s.waits()
+	if before == after {
+		return
+	}
+	source := Source(s.Params.UE)
+	if after {
+		t.unconfirmed[source]++
+		t.pending++
+		return
+	}
+	t.pending--
+	if t.unconfirmed[source]--; t.unconfirmed[source] == 0 {
+		delete(t.unconfirmed, source)
 	}
 }
 
@@ -291,7 +356,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	}
 	t.nextID++
 	s := &Set{
-		UE: u, Phase: sa.Reserved, Serial: u.freeSerial(), Over: o.Over,
+		UE: u, Phase: sa.Reserved, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over,
 		Params: sa.Params{
 			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
 			Local: o.Local, UE: o.UE,
@@ -304,6 +369,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
 	t.byAddr[o.UE] = append(t.byAddr[o.UE], s)
 	t.obs.Sets(sa.Reserved, 1)
+	t.account(s, false)
 	t.installer.Install(s.Params, func(err error) {
 		t.onLoop(func() { t.installed(s, err, done) })
 	})
@@ -614,11 +680,13 @@ func (t *Table) state(u *UE, st State) {
 }
 
 func (t *Table) phase(s *Set, p sa.Phase) {
+	waited := s.waits()
 	t.obs.Sets(s.Phase, -1)
 	if p != sa.Dead {
 		t.obs.Sets(p, 1)
 	}
 	s.Phase = p
+	t.account(s, waited)
 }
 
 // Each calls f for every UE context, in no order, until it returns false.

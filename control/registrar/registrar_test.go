@@ -120,6 +120,9 @@ func (b *bench) empty() {
 		b.t.Errorf("left: %d UE contexts, %d tuples, %d addresses, %d timers",
 			b.table.UEs(), len(b.table.byTuple), len(b.table.byAddr), b.wheel.Len())
 	}
+	if here, all := b.table.Unconfirmed(Source(ue1)); here != 0 || all != 0 {
+		b.t.Errorf("%d and %d sets count as unconfirmed", here, all)
+	}
 	for p, n := range b.sets {
 		if n != 0 && p != 0 {
 			b.t.Errorf("gauge of %v sets is %d", p, n)
@@ -145,7 +148,13 @@ func TestInitialRegistration(t *testing.T) {
 			t.Errorf("a set is found for %v", f)
 		}
 	}
+	if here, all := b.table.Unconfirmed(Source(ue1)); here != 1 || all != 1 {
+		t.Errorf("%d and %d sets count as unconfirmed, want 1", here, all)
+	}
 	b.table.Confirm(s, time.Hour)
+	if here, all := b.table.Unconfirmed(Source(ue1)); here != 0 || all != 0 {
+		t.Errorf("confirmed, and still %d and %d sets count as unconfirmed", here, all)
+	}
 	if s.Phase != sa.Established || s.UE.Current != s || s.UE.State != Registered {
 		t.Fatalf("confirmed: phase %v, current %v, state %v", s.Phase, s.UE.Current == s, s.UE.State)
 	}
