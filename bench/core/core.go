@@ -104,7 +104,6 @@ type Core struct {
 	byIMPI    map[string]*account
 	byIMPU    map[string]*account // by URI key, temporary identities included
 	seen      []*Seen
-	problems  int
 	served    map[string]*serverTx
 	sinceSwep int
 	clients   map[string]chan *sipwire.Message
@@ -248,11 +247,9 @@ func (c *Core) spawn(f func()) {
 	if c.closed {
 		return
 	}
-	c.wg.Add(1)
-	go func() {
-		defer c.wg.Done()
+	c.wg.Go(func() {
 		f()
-	}()
+	})
 }
 
 func (c *Core) readUDP() {

@@ -330,10 +330,16 @@ func TestHostileRequests(t *testing.T) {
 		{"no Route at all", func(m *sipwire.Message) { m.Del("Route") }, 200, true},
 		{"headers of the core's side", func(m *sipwire.Message) {
 			for _, h := range [][2]string{
-				{"P-Asserted-Identity", "<" + p.bURI + ">"}, {"P-Served-User", "<" + p.bURI + ">"}, {"P-Charging-Vector", "icid-value=forged"},
-				{"P-Charging-Function-Addresses", "ccf=192.0.2.66"}, {"P-Asserted-Service", "urn:urn-7:3gpp-service.ims.icsi.mmtel"},
-				{"P-Visited-Network-ID", "elsewhere"}, {"P-Profile-Key", "<sip:forged@example.org>"}, {"Path", "<sip:forged@192.0.2.66;lr>"},
-				{"Security-Client", securityClient}, {"Security-Server", securityClient},
+				{"P-Asserted-Identity", "<" + p.bURI + ">"},
+				{"P-Served-User", "<" + p.bURI + ">"},
+				{"P-Charging-Vector", "icid-value=forged"},
+				{"P-Charging-Function-Addresses", "ccf=192.0.2.66"},
+				{"P-Asserted-Service", "urn:urn-7:3gpp-service.ims.icsi.mmtel"},
+				{"P-Visited-Network-ID", "elsewhere"},
+				{"P-Profile-Key", "<sip:forged@example.org>"},
+				{"Path", "<sip:forged@192.0.2.66;lr>"},
+				{"Security-Client", securityClient},
+				{"Security-Server", securityClient},
 			} {
 				m.Add(h[0], h[1])
 			}

@@ -268,6 +268,8 @@ func (c *Capture) Packets(spi ims.SPI) int {
 // Settle waits until no frame has arrived for the given time, at most for max: what was sent before has been counted
 // then.
 func (c *Capture) Settle(quiet, limit time.Duration) {
+	poll := time.NewTicker(settlePoll)
+	defer poll.Stop()
 	end := time.Now().Add(limit)
 	last, since := -1, time.Now()
 	for now := time.Now(); now.Before(end); now = time.Now() {
@@ -279,7 +281,7 @@ func (c *Capture) Settle(quiet, limit time.Duration) {
 		} else if now.Sub(since) >= quiet {
 			return
 		}
-		time.Sleep(settlePoll)
+		<-poll.C
 	}
 }
 

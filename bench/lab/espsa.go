@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/gmgate/gmgate/control/ims"
 )
@@ -39,11 +40,12 @@ func AppendEspSA(dst []byte, sa SA) ([]byte, error) {
 	var enc, auth string
 	encKey, authKey := noKey, noKey
 	key := func(parts ...[]byte) string {
-		s := noKey
+		var s strings.Builder
+		s.WriteString(noKey)
 		for _, p := range parts {
-			s += hex.EncodeToString(p)
+			s.WriteString(hex.EncodeToString(p))
 		}
-		return s
+		return s.String()
 	}
 	switch k := sa.Keys; k.Suite.Enc {
 	case ims.EncNull:

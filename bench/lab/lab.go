@@ -25,6 +25,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -222,8 +223,8 @@ func (l *Lab) Close() error {
 	l.open, l.closed = nil, true
 	l.mu.Unlock()
 	var errs []error
-	for i := len(open) - 1; i >= 0; i-- {
-		errs = append(errs, open[i]())
+	for _, o := range slices.Backward(open) {
+		errs = append(errs, o())
 	}
 	return errors.Join(errs...)
 }

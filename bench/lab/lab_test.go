@@ -186,12 +186,21 @@ func TestAppendEspSA(t *testing.T) {
 		keys ims.ESPKeys
 		want string
 	}{
-		{sa, ims.ESPKeys{Suite: ims.Suite{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC}, Enc: key(2), Auth: key(3)},
-			`"IPv4","10.45.0.1","10.0.0.5","0x00000051","AES-CBC [RFC3602]","0xabab","HMAC-SHA-1-96 [RFC2404]","0xababab"`},
-		{six, ims.ESPKeys{Suite: ims.Suite{Alg: ims.AlgHMACMD5, Enc: ims.EncNull}, Auth: key(1)},
-			`"IPv6","2001:db8:45::1","2001:db8::5","0xec42a23d","NULL","0x","HMAC-MD5-96 [RFC2403]","0xab"`},
-		{sa, ims.ESPKeys{Suite: ims.Suite{Alg: ims.AlgNull, Enc: ims.EncAESGCM}, Enc: key(1), Salt: [4]byte{1, 2, 3, 4}},
-			`"IPv4","10.45.0.1","10.0.0.5","0x00000051","AES-GCM with 16 octet ICV [RFC4106]","0xab01020304","NULL","0x"`},
+		{
+			sa,
+			ims.ESPKeys{Suite: ims.Suite{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC}, Enc: key(2), Auth: key(3)},
+			`"IPv4","10.45.0.1","10.0.0.5","0x00000051","AES-CBC [RFC3602]","0xabab","HMAC-SHA-1-96 [RFC2404]","0xababab"`,
+		},
+		{
+			six,
+			ims.ESPKeys{Suite: ims.Suite{Alg: ims.AlgHMACMD5, Enc: ims.EncNull}, Auth: key(1)},
+			`"IPv6","2001:db8:45::1","2001:db8::5","0xec42a23d","NULL","0x","HMAC-MD5-96 [RFC2403]","0xab"`,
+		},
+		{
+			sa,
+			ims.ESPKeys{Suite: ims.Suite{Alg: ims.AlgNull, Enc: ims.EncAESGCM}, Enc: key(1), Salt: [4]byte{1, 2, 3, 4}},
+			`"IPv4","10.45.0.1","10.0.0.5","0x00000051","AES-GCM with 16 octet ICV [RFC4106]","0xab01020304","NULL","0x"`,
+		},
 	}
 	for _, tt := range tests {
 		tt.sa.Keys = tt.keys

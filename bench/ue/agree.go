@@ -122,7 +122,7 @@ func (u *UE) newOffer() (*offer, error) {
 
 func freeSPI(used map[ims.SPI]bool) ims.SPI {
 	for {
-		s := ims.SPI(rand.Uint32())
+		s := ims.SPI(rand.Uint32()) //nolint:gosec // G404: a simulated phone has nothing to hide
 		if s >= ims.MinSPI && !used[s] {
 			used[s] = true
 			return s

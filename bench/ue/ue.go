@@ -292,11 +292,9 @@ func (u *UE) spawn(f func()) bool {
 	if u.closed {
 		return false
 	}
-	u.wg.Add(1)
-	go func() {
-		defer u.wg.Done()
+	u.wg.Go(func() {
 		f()
-	}()
+	})
 	return true
 }
 

@@ -159,7 +159,8 @@ func TestAuthorization(t *testing.T) {
 			`response="[0-9a-f]{32}",algorithm=AKAv1-MD5,qop=auth-int,nc=00000001,cnonce="[0-9a-f]{16}"`,
 		},
 		{
-			"auts", func(c *credentials, _ *Quirks) { c.auts = auts }, digestaka.Vector{},
+			"auts", func(c *credentials, _ *Quirks) { c.auts = auts },
+			digestaka.Vector{},
 			`response="6821238d21754c12bf172c668144dbb6",algorithm=AKAv1-MD5,auts="uoU/PBI8z0TpNZbjVcY="`,
 		},
 		{"not authentic", func(c *credentials, _ *Quirks) { c.empty = true }, v, `response="",algorithm=AKAv1-MD5`},

@@ -438,25 +438,26 @@ func (d *demo) calls(ctx context.Context) error {
 			if res.Status != want {
 				return "", fmt.Errorf("answered %d, want %d", res.Status, want)
 			}
-			detail := fmt.Sprintf("INVITE by %s:", res.Transport)
+			var detail strings.Builder
+			_, _ = fmt.Fprintf(&detail, "INVITE by %s:", res.Transport)
 			for _, s := range res.Statuses {
-				detail += fmt.Sprintf(" %d", s)
+				_, _ = fmt.Fprintf(&detail, " %d", s)
 			}
 			if o.PRACK {
-				detail += ", PRACK"
+				detail.WriteString(", PRACK")
 			}
 			if o.ReInvite {
-				detail += ", re-INVITE"
+				detail.WriteString(", re-INVITE")
 			}
 			switch {
 			case o.Cancel:
-				detail += ", CANCEL"
+				detail.WriteString(", CANCEL")
 			case o.RemoteBye:
-				detail += ", BYE from the other side"
+				detail.WriteString(", BYE from the other side")
 			default:
-				detail += fmt.Sprintf(", BYE %d", res.Bye)
+				_, _ = fmt.Fprintf(&detail, ", BYE %d", res.Bye)
 			}
-			return detail, nil
+			return detail.String(), nil
 		})
 	}
 	hold := 20 * time.Millisecond

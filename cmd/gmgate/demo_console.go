@@ -142,7 +142,7 @@ func wrap(text string, n int) []string {
 	var out []string
 	for para := range strings.SplitSeq(text, "\n") {
 		line := ""
-		for _, word := range strings.Fields(para) {
+		for word := range strings.FieldsSeq(para) {
 			for utf8.RuneCountInString(word) > n {
 				r := []rune(word)
 				if line != "" {

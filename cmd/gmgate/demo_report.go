@@ -239,8 +239,8 @@ func (d *demo) summary(s lab.Stats, messages int) {
 
 // close takes everything down, newest first.
 func (d *demo) close() {
-	for i := len(d.cleanup) - 1; i >= 0; i-- {
-		if err := d.cleanup[i](); err != nil {
+	for _, v := range slices.Backward(d.cleanup) {
+		if err := v(); err != nil {
 			d.c.result("cleaning up", "", 0, err)
 		}
 	}

@@ -9,7 +9,7 @@ import (
 // digestScheme is the only scheme of IMS AKA (RFC 3310 §3).
 const digestScheme = "Digest"
 
-// ErrScheme: the credentials are of another scheme than Digest.
+// ErrScheme says that the credentials are of another scheme than Digest.
 var ErrScheme = errors.New("scheme is not digest")
 
 // Authorization is an Authorization header of the UE, values without quotes and escapes. Absent parameters are empty.
@@ -58,9 +58,17 @@ func ParseAuthorization(v string) (Authorization, error) {
 			name string
 			dst  *string
 		}{
-			{paramUsername, &a.Username}, {paramRealm, &a.Realm}, {paramNonce, &a.Nonce}, {paramURI, &a.URI},
-			{paramResponse, &a.Response}, {paramAlgorithm, &a.Algorithm}, {paramQOP, &a.QOP}, {paramNC, &a.NC},
-			{paramCNonce, &a.CNonce}, {paramOpaque, &a.Opaque}, {paramAUTS, &a.AUTS},
+			{paramUsername, &a.Username},
+			{paramRealm, &a.Realm},
+			{paramNonce, &a.Nonce},
+			{paramURI, &a.URI},
+			{paramResponse, &a.Response},
+			{paramAlgorithm, &a.Algorithm},
+			{paramQOP, &a.QOP},
+			{paramNC, &a.NC},
+			{paramCNonce, &a.CNonce},
+			{paramOpaque, &a.Opaque},
+			{paramAUTS, &a.AUTS},
 		} {
 			if !e.is(v, f.name) {
 				continue

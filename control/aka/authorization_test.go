@@ -2,6 +2,7 @@ package aka
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -84,7 +85,7 @@ var refused = []struct {
 }
 
 func TestParseAuthorizationErrors(t *testing.T) {
-	tests := append(refused[:len(refused):len(refused)], []struct {
+	tests := append(slices.Clip(refused), []struct {
 		name string
 		in   string
 		kind error

@@ -24,7 +24,7 @@ const (
 // sha1KeySize is the key size of HMAC-SHA-1-96 (RFC 2404 §3), to which IK is padded with zeros.
 const sha1KeySize = 20
 
-// ErrSuite: the pair of algorithms is not one of TS 33.203 Annex H.
+// ErrSuite says that the pair of algorithms is not one of TS 33.203 Annex H.
 var ErrSuite = errors.New("illegal algorithm pair")
 
 // Expand makes the ESP keys of a suite from CK and IK (TS 33.203 Annex I). The result shares no memory with ck and ik.

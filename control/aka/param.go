@@ -39,7 +39,7 @@ var knownParams = [...]string{
 	paramQOP, paramNC, paramCNonce, paramOpaque, paramAUTS, paramDomain, paramStale,
 }
 
-// ErrSyntax: the header does not obey the grammar of RFC 3261 §25.1 closely enough to be sure about its parameters.
+// ErrSyntax says that the header does not obey the grammar of RFC 3261 §25.1 closely enough to be sure about its parameters.
 var ErrSyntax = errors.New("malformed digest header")
 
 // syntaxError names the parameter in whose neighbourhood the grammar is left.

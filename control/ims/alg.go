@@ -2,6 +2,7 @@ package ims
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -90,12 +91,7 @@ func Suites() []Suite {
 // Legal reports whether the pair may protect anything: every other combination is either no protection at all
 // (null with null) or undefined (TS 33.203 Annex H).
 func (s Suite) Legal() bool {
-	for _, l := range Suites() {
-		if s == l {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(Suites(), s)
 }
 
 // Deprecated reports whether the pair uses an algorithm which later releases removed from TS 33.203 Annex H.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"net/netip"
+	"slices"
 
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/observe"
@@ -90,10 +91,8 @@ func (w *Worker) ownGm(u *sipmsg.URI) bool {
 		if u.Port == w.cfg.GmPort || u.Port == 0 && w.cfg.GmPort == defaultPort {
 			return true
 		}
-		for _, p := range w.cfg.Registrar.ServerPorts {
-			if u.Port == p {
-				return true
-			}
+		if slices.Contains(w.cfg.Registrar.ServerPorts, u.Port) {
+			return true
 		}
 	}
 	return false
@@ -115,12 +114,7 @@ func (w *Worker) ownMw(u *sipmsg.URI) bool {
 	if !ok {
 		return false
 	}
-	for _, m := range w.cfg.Mw {
-		if m == a {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(w.cfg.Mw, a)
 }
 
 // routes is the Route set of the current request after our own entries were taken off its top.
@@ -321,7 +315,7 @@ func (w *Worker) rewriteRecordRoute(s *registrar.Set, toUE, tcp bool) {
 func (w *Worker) putSelf(s *registrar.Set, toUE, tcp bool) {
 	w.e.Str("@")
 	if toUE {
-		w.e.AddrPort(netip.AddrPortFrom(s.Params.Local, s.Ports.PS))
+		w.e.AddrPort(netip.AddrPortFrom(s.Local, s.Ports.PS))
 		if tcp {
 			w.e.Str(";transport=tcp")
 		}

@@ -305,7 +305,7 @@ func (r *rig) readServer(p *phone, answer string) {
 		r.t.Fatalf("answer is not a 401:\n%s", answer)
 	}
 	p.server = get(r.t, answer, sipmsg.SecurityServer)
-	for _, part := range strings.Split(p.server, ";") {
+	for part := range strings.SplitSeq(p.server, ";") {
 		name, value, _ := strings.Cut(part, "=")
 		n, _ := strconv.Atoi(value)
 		switch name {

@@ -468,11 +468,11 @@ func (u *UE) freeSerial() uint8 {
 }
 
 func (s *Set) tupleA() tuple {
-	return tupleOf(netip.AddrPortFrom(s.Params.Local, s.Ports.PS), netip.AddrPortFrom(s.Params.UE, s.Ports.UC))
+	return tupleOf(netip.AddrPortFrom(s.Local, s.Ports.PS), netip.AddrPortFrom(s.Params.UE, s.Ports.UC))
 }
 
 func (s *Set) tupleB() tuple {
-	return tupleOf(netip.AddrPortFrom(s.Params.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US))
+	return tupleOf(netip.AddrPortFrom(s.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US))
 }
 
 // Confirm turns a temporary set into the established one after the 200 to SM7 (TS 24.229 §5.2.2.2). When SM1 had come

@@ -1,6 +1,9 @@
 package sa
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // Phase is where an SA set stands in its life.
 //
@@ -43,12 +46,7 @@ func (p Phase) CanBecome(next Phase) bool {
 	if p == 0 || int(p) >= len(phaseNext) {
 		return false
 	}
-	for _, n := range phaseNext[p] {
-		if n == next {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(phaseNext[p], next)
 }
 
 // Live reports whether the backend holds SAs of a set in this phase.

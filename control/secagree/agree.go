@@ -1,6 +1,7 @@
 package secagree
 
 import (
+	"errors"
 	"slices"
 	"strconv"
 
@@ -48,7 +49,7 @@ func Select(client List, suites []ims.Suite) (Offer, error) {
 				best = k
 				o.Mechanism = *m
 			}
-		case m.fault.kind == ErrNoCommonAlgorithm:
+		case errors.Is(m.fault.kind, ErrNoCommonAlgorithm):
 			if unsupported == nil {
 				unsupported = m.fault
 			}

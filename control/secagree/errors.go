@@ -60,7 +60,7 @@ func (e *Error) Error() string {
 
 // Unwrap makes the error match its kind, and ErrMalformed for ErrBadValue.
 func (e *Error) Unwrap() []error {
-	if e.kind == ErrBadValue {
+	if errors.Is(e.kind, ErrBadValue) {
 		return []error{ErrBadValue, ErrMalformed}
 	}
 	return []error{e.kind}

@@ -2,6 +2,7 @@ package secagree
 
 import (
 	"cmp"
+	"errors"
 	"slices"
 	"strconv"
 	"strings"
@@ -314,7 +315,7 @@ func (m *Mechanism) judge() {
 // blame records the first fault of the entry; an unreadable parameter outweighs an unusable number, whichever came
 // first, so that ErrBadValue means that everything else was readable.
 func (m *Mechanism) blame(kind error, param, reason string) {
-	if m.fault == nil || m.fault.kind == ErrBadValue && kind == ErrMalformed {
+	if m.fault == nil || errors.Is(m.fault.kind, ErrBadValue) && errors.Is(kind, ErrMalformed) {
 		m.fault = &Error{Entry: m.Entry, Param: param, Reason: reason, kind: kind}
 	}
 }

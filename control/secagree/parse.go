@@ -177,7 +177,7 @@ func appendValue(dst []byte, v string) []byte {
 		return append(dst, v...)
 	}
 	dst = append(dst, '"')
-	for i := 0; i < len(v); i++ {
+	for i := range len(v) {
 		if v[i] == '"' || v[i] == '\\' {
 			dst = append(dst, '\\')
 		}
@@ -266,7 +266,7 @@ func trim(s string) string {
 }
 
 func isDigits(s string) bool {
-	for i := 0; i < len(s); i++ {
+	for i := range len(s) {
 		if s[i] < '0' || s[i] > '9' {
 			return false
 		}
@@ -276,7 +276,7 @@ func isDigits(s string) bool {
 
 // isToken reports whether s is a token of RFC 3261 §25.1.
 func isToken(s string) bool {
-	for i := 0; i < len(s); i++ {
+	for i := range len(s) {
 		if !tokenChars[s[i]] {
 			return false
 		}

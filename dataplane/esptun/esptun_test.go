@@ -433,7 +433,7 @@ func TestTrafficClass(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		const tos = 0xb9 // expedited forwarding, ECT(1)
+		const tos = 0xb9 // expedited forwarding, ETC(1)
 		option(uc, set, tos)
 		option(ps, receive, 1)
 		w.captured(t)

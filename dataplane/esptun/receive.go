@@ -218,12 +218,12 @@ func (r *receiver) open(pkt []byte, src, dst address) (payload []byte, next byte
 }
 
 func openReason(err error) Reason {
-	switch err { //nolint:errorlint // the engine returns its sentinels as they are
-	case esp.ErrReplay:
+	switch {
+	case errors.Is(err, esp.ErrReplay):
 		return Replay
-	case esp.ErrICV:
+	case errors.Is(err, esp.ErrICV):
 		return ICV
-	case esp.ErrPadding:
+	case errors.Is(err, esp.ErrPadding):
 		return Padding
 	}
 	return Short

@@ -117,8 +117,11 @@ func (c *Config) validate() error {
 		name string
 		n    int
 	}{
-		{"maximum connections", c.MaxConnections}, {"maximum dials", c.MaxDials}, {"maximum queue", c.MaxQueue},
-		{"read buffer", c.ReadBuffer}, {"write buffer", c.WriteBuffer},
+		{"maximum connections", c.MaxConnections},
+		{"maximum dials", c.MaxDials},
+		{"maximum queue", c.MaxQueue},
+		{"read buffer", c.ReadBuffer},
+		{"write buffer", c.WriteBuffer},
 	} {
 		if v.n < 1 {
 			bad("%s %d is not positive", v.name, v.n)
@@ -137,8 +140,10 @@ func (c *Config) validate() error {
 		name string
 		d    time.Duration
 	}{
-		{"idle timeout", c.IdleTimeout}, {"partial timeout", c.PartialTimeout},
-		{"dial timeout", c.DialTimeout}, {"tick", c.Tick},
+		{"idle timeout", c.IdleTimeout},
+		{"partial timeout", c.PartialTimeout},
+		{"dial timeout", c.DialTimeout},
+		{"tick", c.Tick},
 	} {
 		if v.d <= 0 {
 			bad("%s %s is not positive", v.name, v.d)

@@ -269,7 +269,7 @@ var errPanic = &sipmsg.Error{Reason: "panic", Text: "internal error"}
 
 // frame finds what is at the start of b. It reads what strangers send, so a panic is taken for a bad stream.
 func (w *Worker) frame(b []byte) (kind sipmsg.FrameKind, n int, err *sipmsg.Error) {
-	kind, n, err = sipmsg.FrameBad, len(b), errPanic
+	kind, n, err = sipmsg.FrameBad, len(b), errPanic //nolint:wastedassign // what is returned after a panic
 	defer w.guard()
 	return sipmsg.Frame(b, w.f.cfg.MaxMessage)
 }

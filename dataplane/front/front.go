@@ -226,7 +226,7 @@ func (f *Front) distribute(l Listener, fds []int) error {
 
 // startEngine starts a worker's engine and waits until its handler has booted.
 func (f *Front) startEngine(e *events) error {
-	var urls []string
+	urls := make([]string, 0, len(e.swaps))
 	for i := range e.swaps {
 		urls = append(urls, e.swaps[i].url())
 	}

@@ -132,7 +132,7 @@ const maxHeaderIDs = 128
 
 const _ = uint(maxHeaderIDs - headerCount) // does not compile when the enumeration outgrows the sets
 
-var headerNames = [headerCount]string{
+var headerNames = [headerCount]string{ //nolint:gosec // G101: names of header fields, no credentials
 	Other: "Other", Via: "Via", From: "From", To: "To", CallID: "Call-ID", CSeq: "CSeq", MaxForwards: "Max-Forwards",
 	Route: "Route", RecordRoute: "Record-Route", Contact: "Contact", ContentLength: "Content-Length",
 	ContentType: "Content-Type", Path: "Path", ServiceRoute: "Service-Route", Require: "Require",
@@ -273,7 +273,7 @@ func lookup(b []byte, s, n int) HeaderID {
 		return lookup(pad[:], 0, n)
 	}
 	first := binary.LittleEndian.Uint64(b[s:]) | lowerCase
-	last := first
+	var last uint64
 	if n < 8 {
 		first &= 1<<(8*uint(n)) - 1
 		last = first

@@ -25,8 +25,10 @@ const (
 	MethodCount // number of values, for tables indexed by Method
 )
 
-var methodNames = [MethodCount]string{"OTHER", "REGISTER", "INVITE", "ACK", "CANCEL", "BYE", "OPTIONS", "MESSAGE",
-	"SUBSCRIBE", "NOTIFY", "PRACK", "UPDATE", "INFO", "REFER", "PUBLISH"}
+var methodNames = [MethodCount]string{
+	"OTHER", "REGISTER", "INVITE", "ACK", "CANCEL", "BYE", "OPTIONS", "MESSAGE",
+	"SUBSCRIBE", "NOTIFY", "PRACK", "UPDATE", "INFO", "REFER", "PUBLISH",
+}
 
 // String returns the wire token, "OTHER" for MethodOther.
 func (m Method) String() string {

@@ -1,6 +1,9 @@
 package sipmsg
 
-import "bytes"
+import (
+	"bytes"
+	"slices"
+)
 
 // Implementation limits.
 const (
@@ -46,7 +49,7 @@ type Msg struct {
 // Every check that fails is remembered and scanning goes on where it can, so that after an error the rows that were
 // found are readable and an answer can be built from them. The first failure is returned.
 func (m *Msg) Scan(b []byte) error {
-	m.b = b[:len(b):len(b)]
+	m.b = slices.Clip(b)
 	m.n = 0
 	m.seen = idSet{}
 	m.headers, m.body = len(b), len(b)
@@ -364,9 +367,9 @@ func (m *Msg) First(id HeaderID) (Row, bool) {
 // Last returns the last row of a header field.
 func (m *Msg) Last(id HeaderID) (Row, bool) {
 	rows := m.rowsFrom(id)
-	for i := len(rows) - 1; i >= 0; i-- {
-		if rows[i].ID == id {
-			return rows[i], true
+	for _, row := range slices.Backward(rows) {
+		if row.ID == id {
+			return row, true
 		}
 	}
 	return Row{}, false

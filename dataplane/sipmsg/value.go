@@ -419,7 +419,7 @@ func ParseVia(v []byte) (ViaParm, error) {
 
 func (p *ViaParm) parse(v []byte) *Error {
 	var proto *Error
-	i := 0
+	var i int
 	if len(v) > 8 && string(v[:8]) == "SIP/2.0/" {
 		i = 8
 	} else {

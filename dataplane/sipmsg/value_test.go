@@ -119,8 +119,16 @@ func TestEqualFold(t *testing.T) {
 		a, b string
 		want bool
 	}{
-		{"", "", true}, {"a", "A", true}, {"Z", "z", true}, {"a-1", "A-1", true}, {"a", "b", false}, {"a", "aa", false},
-		{"[", "{", false}, {"@", "`", false}, {"-", "\r", false}, {"\x8a", "\xaa", false},
+		{"", "", true},
+		{"a", "A", true},
+		{"Z", "z", true},
+		{"a-1", "A-1", true},
+		{"a", "b", false},
+		{"a", "aa", false},
+		{"[", "{", false},
+		{"@", "`", false},
+		{"-", "\r", false},
+		{"\x8a", "\xaa", false},
 	} {
 		if got := sipmsg.EqualFold([]byte(tt.a), tt.b); got != tt.want {
 			t.Errorf("EqualFold(%q, %q) = %v", tt.a, tt.b, got)
@@ -134,8 +142,15 @@ func TestParseUint(t *testing.T) {
 		want uint32
 		ok   bool
 	}{
-		{"0", 0, true}, {"0068", 68, true}, {"4294967295", 4294967295, true}, {"4294967296", 0, false}, {"", 0, false},
-		{"-1", 0, false}, {"+1", 0, false}, {"1 ", 0, false}, {"99999999999999999999999999", 0, false},
+		{"0", 0, true},
+		{"0068", 68, true},
+		{"4294967295", 4294967295, true},
+		{"4294967296", 0, false},
+		{"", 0, false},
+		{"-1", 0, false},
+		{"+1", 0, false},
+		{"1 ", 0, false},
+		{"99999999999999999999999999", 0, false},
 	} {
 		if got, ok := sipmsg.ParseUint([]byte(tt.in)); ok != tt.ok || got != tt.want {
 			t.Errorf("ParseUint(%q) = %d, %v", tt.in, got, ok)

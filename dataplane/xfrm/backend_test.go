@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"strings"
 	"sync"
@@ -325,12 +326,8 @@ func TestLeftovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	states, policies := map[stateID]stateHead{}, map[policyID]nl.XfrmUserpolicyInfo{}
-	for id, h := range k.states {
-		states[id] = h
-	}
-	for id, p := range k.policies {
-		policies[id] = p
-	}
+	maps.Copy(states, k.states)
+	maps.Copy(policies, k.policies)
 	if err := crashed.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -50,8 +50,10 @@ func facts(root string, ports []uint16) []fact {
 		return strings.TrimSpace(string(b))
 	}
 	if v := read("core/xfrm_larval_drop"); v == "0" {
-		list = append(list, fact{"core/xfrm_larval_drop", v,
-			"if another program listens for key requests, packets without SA are queued instead of dropped"})
+		list = append(list, fact{
+			"core/xfrm_larval_drop", v,
+			"if another program listens for key requests, packets without SA are queued instead of dropped",
+		})
 	}
 	for _, pattern := range []struct{ glob, consequence string }{
 		{"ipv[46]/conf/*/disable_policy", "clear packets to protected ports are accepted on this interface"},
@@ -69,8 +71,10 @@ func facts(root string, ports []uint16) []fact {
 		}
 	}
 	if f := ephemeral(read("ipv4/ip_local_port_range"), read("ipv4/ip_local_reserved_ports"), ports); f != "" {
-		list = append(list, fact{"ipv4/ip_local_reserved_ports", read("ipv4/ip_local_reserved_ports"),
-			"the kernel may give protected port " + f + " to other sockets of this host"})
+		list = append(list, fact{
+			"ipv4/ip_local_reserved_ports", read("ipv4/ip_local_reserved_ports"),
+			"the kernel may give protected port " + f + " to other sockets of this host",
+		})
 	}
 	return list
 }

@@ -149,8 +149,7 @@ func TestNewWithoutESP(t *testing.T) {
 	if !errors.Is(err, ErrNoESP) && !errors.Is(err, ErrNoAlgorithm) && !errors.Is(err, ErrPermission) {
 		t.Errorf("New: %v", err)
 	}
-	var k *KernelError
-	if !errors.As(err, &k) {
+	if _, ok := errors.AsType[*KernelError](err); !ok {
 		t.Errorf("New: %v has no errno", err)
 	}
 	c := testConn(t, ns)

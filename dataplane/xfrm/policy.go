@@ -47,7 +47,7 @@ type policy struct {
 // no moment without template to be bridged, since policies are updated in place and removed only after the last SA. A
 // wider one, for a whole address, would also block the unprotected port, ICMP and neighbour discovery.
 func constantPolicies(local []netip.Addr, ports []uint16, reqid uint32) []policy {
-	var ps []policy
+	ps := make([]policy, 0, 3*len(ports)*len(local))
 	for _, a := range local {
 		bits := uint8(a.BitLen()) //nolint:gosec // 32 or 128
 		for _, port := range ports {

@@ -201,7 +201,7 @@ func (b *Backend) check(p *sa.Params) error {
 // taken out again and those of which it is unknown whether they are there.
 func (b *Backend) settle(r *request, results []error, now time.Time) (undo, unknown []stateID) {
 	sas := r.p.SAs()
-	var errs []error
+	errs := make([]error, 0, len(results))
 	for i, err := range results {
 		id := stateID{sas[i].Dst.Addr(), sas[i].SPI}
 		switch {

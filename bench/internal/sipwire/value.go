@@ -53,9 +53,10 @@ func scan(v string, f func(i int, c byte) bool) {
 		c := v[i]
 		switch {
 		case quoted:
-			if c == '\\' {
+			switch c {
+			case '\\':
 				i++
-			} else if c == '"' {
+			case '"':
 				quoted = false
 			}
 		case c == '"':

@@ -8,6 +8,7 @@ package fronttest
 
 import (
 	"errors"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -250,9 +251,7 @@ func (w *Worker) Run() { w.call(func() {}) }
 // Conns returns the open connections.
 func (w *Worker) Conns() map[ims.ConnID]ims.Flow {
 	m := make(map[ims.ConnID]ims.Flow, len(w.conns))
-	for c, f := range w.conns {
-		m[c] = f
-	}
+	maps.Copy(m, w.conns)
 	return m
 }
 

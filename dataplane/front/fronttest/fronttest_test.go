@@ -56,6 +56,7 @@ func (s *script) Message(f ims.Flow, msg []byte) {
 	}
 	msg[0] = '!' // it may
 }
+
 func (s *script) Bad(f ims.Flow, msg []byte, reason string) {
 	s.note("bad %d %s %s", f.Conn, msg, reason)
 }
@@ -198,7 +199,7 @@ func TestImports(t *testing.T) {
 	if err != nil {
 		t.Skip("no go command")
 	}
-	for _, p := range strings.Fields(string(out)) {
+	for p := range strings.FieldsSeq(string(out)) {
 		if strings.Contains(p, "gnet") || strings.Contains(p, "dataplane/") && !strings.HasSuffix(p, "fronttest") {
 			t.Errorf("imports %s", p)
 		}

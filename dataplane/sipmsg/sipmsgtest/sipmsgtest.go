@@ -329,8 +329,19 @@ type Message struct {
 // All returns all of them.
 func All() []Message {
 	return []Message{
-		{"SM1", SM1()}, {"SM2", SM2()}, {"SM5", SM5()}, {"SM6", SM6()}, {"SM7", SM7()}, {"SM8", SM8()},
-		{"SM11", SM11()}, {"SM12", SM12()}, {"MOMessage", MOMessage()}, {"MTMessage", MTMessage()},
-		{"MOInvite", MOInvite()}, {"MTInvite", MTInvite()}, {"Register941", Register941()}, {"Update709", Update709()},
+		{"SM1", SM1()},
+		{"SM2", SM2()},
+		{"SM5", SM5()},
+		{"SM6", SM6()},
+		{"SM7", SM7()},
+		{"SM8", SM8()},
+		{"SM11", SM11()},
+		{"SM12", SM12()},
+		{"MOMessage", MOMessage()},
+		{"MTMessage", MTMessage()},
+		{"MOInvite", MOInvite()},
+		{"MTInvite", MTInvite()},
+		{"Register941", Register941()},
+		{"Update709", Update709()},
 	}
 }
