@@ -16,7 +16,7 @@ SOURCES   := bench bpf cmd control dataplane scripts
 RESULTS   := bin/results
 TESTSUM   := bin/testsum
 
-.PHONY: help build deps demo test test-unit test-netns test-vm test-total fuzz bench lint generate clean FORCE
+.PHONY: help build deps deps-demo demo test test-unit test-netns test-vm test-total fuzz bench lint generate clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +29,13 @@ bin/gmgate: FORCE # the go command knows best what is out of date
 $(TESTSUM): FORCE
 	@go build -o $@ ./scripts/testsum
 
-deps: ## install the Debian packages that tests and the demo need, where missing
+deps: ## install the Debian packages that the tests need, where missing
 	scripts/deps.sh
 
-demo: deps build ## phones, gmgate and a core in network namespaces: register, call, and look at the wire
+deps-demo: # what the demo needs of them
+	scripts/deps.sh demo
+
+demo: deps-demo build ## phones, gmgate and a core in network namespaces: register, call, and look at the wire
 	bin/gmgate demo
 
 test: deps test-unit test-netns test-vm test-total ## all tests, in this order

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Install the Debian packages that `make test` and `make demo` need and that are missing. Does nothing, and asks nobody
-# for anything, when all is there. Works as root or through sudo.
+# Install the Debian packages that `make demo` (deps.sh demo) or `make test` (deps.sh) need and that are missing. Does
+# nothing, and asks nobody for anything, when all is there. Works as root or through sudo.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin # modprobe and ip are not on every user's path
 
@@ -9,15 +9,17 @@ need() { # need PACKAGE FILE-OR-COMMAND
   if [[ $2 == /* ]]; then [[ -e $2 ]] || missing+=("$1"); else command -v "$2" >/dev/null || missing+=("$1"); fi
 }
 need iproute2 ip
-need qemu-system-x86 qemu-system-x86_64
-need busybox-static busybox
-need kmod modprobe
-need cpio cpio
-need zstd zstd
-need tshark tshark
-need make make
-need gcc gcc # the race detector uses cgo
-need libc6-dev /usr/include/stdlib.h
+if [[ ${1:-test} != demo ]]; then
+  need qemu-system-x86 qemu-system-x86_64
+  need busybox-static busybox
+  need kmod modprobe
+  need cpio cpio
+  need zstd zstd
+  need tshark tshark
+  need make make
+  need gcc gcc # the race detector uses cgo
+  need libc6-dev /usr/include/stdlib.h
+fi
 
 if ((${#missing[@]} == 0)); then exit 0; fi
 echo "installing: ${missing[*]}"
