@@ -50,6 +50,7 @@ type Metrics struct {
 	registration prometheus.Histogram
 	install      *prometheus.HistogramVec
 	installErr   *prometheus.CounterVec
+	unexpected   *prometheus.CounterVec
 }
 
 // New returns the metrics of a process with the given number of workers.
@@ -75,6 +76,10 @@ func New(workers int) *Metrics {
 			Namespace: Namespace, Name: "sa_install_errors_total",
 			Help: "Operations on SA sets that the ESP backend refused.",
 		}, []string{"op", "errno"}),
+		unexpected: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Namespace: Namespace, Name: "fsm_unexpected_events_total",
+			Help: "Events for which a state machine has no transition; they change nothing.",
+		}, []string{"fsm", "state", "event"}),
 	}
 	for range workers {
 		m.workers = append(m.workers, new(Counters))
@@ -95,6 +100,11 @@ func (m *Metrics) ObserveInstall(op string, d time.Duration, err error) {
 	if err != nil {
 		m.installErr.WithLabelValues(op, errnoName(err)).Inc()
 	}
+}
+
+// UnexpectedEvent counts an event for which a state machine has no transition. Safe for concurrent use.
+func (m *Metrics) UnexpectedEvent(fsm, state, event string) {
+	m.unexpected.WithLabelValues(fsm, state, event).Inc()
 }
 
 func errnoName(err error) string {
@@ -144,6 +154,7 @@ func (m *Metrics) Register(r prometheus.Registerer) error {
 	add(m.registration)
 	add(m.install)
 	add(m.installErr)
+	add(m.unexpected)
 	for _, c := range m.extra {
 		add(c)
 	}

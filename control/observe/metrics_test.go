@@ -32,6 +32,7 @@ func full() *Metrics {
 	m.AddFunc("esp_drops_total", "ESP packets dropped.", Counter, map[string]string{"reason": "replay"}, func() float64 { return 8 })
 	m.AddFunc("connections", "Open TCP connections.", Gauge, nil, func() float64 { return 9 })
 	m.Worker(0).Message(In, ims.Mw, ims.UDP, sipmsg.MethodBye, 2)
+	m.UnexpectedEvent("sa_set", "dead", "confirmed")
 	m.ObserveRegistration(30 * time.Millisecond)
 	m.ObserveInstall("install", time.Millisecond, nil)
 	m.ObserveInstall("install", time.Millisecond, fmt.Errorf("install inbound SA: %w", os.NewSyscallError("sendmsg", syscall.EEXIST)))
@@ -55,7 +56,7 @@ func TestLabels(t *testing.T) {
 	allowed := map[string]bool{
 		"dir": true, "side": true, "method": true, "code_class": true, "transport": true, "reason": true, "kind": true,
 		"result": true, "alg": true, "ealg": true, "phase": true, "state": true, "op": true, "errno": true,
-		"version": true, "revision": true, "goversion": true,
+		"version": true, "revision": true, "goversion": true, "fsm": true, "event": true,
 	}
 	families, err := register(t, full()).Gather()
 	if err != nil {

@@ -335,6 +335,10 @@ func (o setObserver) UEs(s registrar.State, delta int) {
 	}
 }
 
+func (o setObserver) Unexpected(fsm string, state, event fmt.Stringer) {
+	o.w.metrics.UnexpectedEvent(fsm, state.String(), event.String())
+}
+
 func (o setObserver) AwaitAuthExpired() { o.w.obs.AwaitAuthExpired() }
 
 func (o setObserver) SetRemoved(s *registrar.Set) {

@@ -55,19 +55,11 @@ type Observer interface {
 	Sets(phase sa.Phase, delta int)
 	UEs(state State, delta int)
 	AwaitAuthExpired()
+	// Unexpected is told of an event that the state machine has no transition for. It changed nothing.
+	Unexpected(fsm string, state, event fmt.Stringer)
 	// SetRemoved is called when a set is dead: its connections must be closed.
 	SetRemoved(s *Set)
 }
-
-// State is the registration state of a UE context.
-type State uint8
-
-// States.
-const (
-	Pending      State = iota + 1 // never registered so far
-	Registered                    // a 200 with a positive expiry was received
-	Deregistered                  // only answers and REGISTER until the sets are gone
-)
 
 // UE is the context of one phone: one IMPI at one address. Fields are read by the worker that owns it.
 type UE struct {
@@ -389,11 +381,11 @@ func (t *Table) installed(s *Set, err error, done func(*Set, error)) {
 		}
 		done(s, ErrAborted)
 	case err != nil:
-		t.unlink(s)
+		t.unlink(s, sa.Refused)
 		t.freeSPIs(s)
 		done(s, fmt.Errorf("install SA set: %w", err))
 	default:
-		t.phase(s, sa.Temporary)
+		t.happen(s, sa.Acknowledged)
 		t.arm(s, t.cfg.AwaitAuth)
 		done(s, nil)
 	}
@@ -481,7 +473,7 @@ func (s *Set) tupleB() tuple {
 // margin; a longer life of the set before wins.
 func (t *Table) Confirm(s *Set, life time.Duration) {
 	u := s.UE
-	t.state(u, Registered)
+	t.register(u, Accepted)
 	if s.Phase != sa.Temporary {
 		t.Refresh(s, life)
 		return
@@ -498,14 +490,14 @@ func (t *Table) Confirm(s *Set, life time.Duration) {
 	if prev != nil {
 		life = max(life, prev.Deadline.Sub(t.now()))
 	}
-	t.phase(s, sa.Established)
+	t.happen(s, sa.Confirmed)
 	t.extend(s, life)
 	if prev == nil {
 		u.Current = s
 		return
 	}
 	if prev.Phase == sa.Established {
-		t.phase(prev, sa.Old)
+		t.happen(prev, sa.Replaced)
 	}
 	u.Current = prev
 	t.armOld(prev)
@@ -549,7 +541,7 @@ func (t *Table) Touch(s *Set) {
 
 // Refresh moves the lifetime of an established set after a re-registration that was not challenged. It never shortens.
 func (t *Table) Refresh(s *Set, life time.Duration) {
-	t.state(s.UE, Registered)
+	t.register(s.UE, Accepted)
 	if s.Phase != sa.Established && s.Phase != sa.Old {
 		return
 	}
@@ -602,7 +594,7 @@ func (t *Table) Drop(s *Set, grace time.Duration) {
 // Deregister ends the registration: the sets stay for the grace so that answers and NOTIFY requests still reach the UE
 // (TS 24.229 §5.2.5.1), then they go.
 func (t *Table) Deregister(u *UE, grace time.Duration) {
-	t.state(u, Deregistered)
+	t.register(u, Ended)
 	for _, s := range u.Sets {
 		if s.Phase != sa.Reserved {
 			t.Drop(s, min(grace, max(0, s.Deadline.Sub(t.now()))))
@@ -616,7 +608,7 @@ func (t *Table) remove(s *Set) {
 		return
 	}
 	phase, connected := s.Phase, s.ConnIn != 0 || s.ConnOut != 0
-	t.unlink(s)
+	t.unlink(s, sa.Removed)
 	switch {
 	case phase == sa.Reserved: // taken out when the backend has answered
 	case phase != sa.Temporary && connected:
@@ -642,9 +634,9 @@ func (t *Table) freeSPIs(s *Set) {
 }
 
 // unlink takes a set out of every index and the UE with its last set.
-func (t *Table) unlink(s *Set) {
+func (t *Table) unlink(s *Set, e sa.Event) {
 	t.wheel.Stop(&s.timer)
-	t.phase(s, sa.Dead)
+	t.happen(s, e)
 	delete(t.byTuple, s.tupleA())
 	delete(t.byTuple, s.tupleB())
 	if rest := slices.DeleteFunc(t.byAddr[s.Params.UE], func(o *Set) bool { return o == s }); len(rest) > 0 {
@@ -673,19 +665,31 @@ func (t *Table) unlink(s *Set) {
 	}
 }
 
-func (t *Table) state(u *UE, st State) {
+// register moves the registration state of a UE on.
+func (t *Table) register(u *UE, e Event) {
+	next, ok := u.State.On(e)
+	if !ok {
+		t.obs.Unexpected("registration", u.State, e)
+		return
+	}
 	t.obs.UEs(u.State, -1)
-	t.obs.UEs(st, 1)
-	u.State = st
+	t.obs.UEs(next, 1)
+	u.State = next
 }
 
-func (t *Table) phase(s *Set, p sa.Phase) {
+// happen moves the phase of a set on.
+func (t *Table) happen(s *Set, e sa.Event) {
+	next, ok := s.Phase.On(e)
+	if !ok {
+		t.obs.Unexpected("sa_set", s.Phase, e)
+		return
+	}
 	waited := s.waits()
 	t.obs.Sets(s.Phase, -1)
-	if p != sa.Dead {
-		t.obs.Sets(p, 1)
+	if next != sa.Dead {
+		t.obs.Sets(next, 1)
 	}
-	s.Phase = p
+	s.Phase = next
 	t.account(s, waited)
 }
 

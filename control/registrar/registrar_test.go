@@ -2,7 +2,10 @@ package registrar
 
 import (
 	"errors"
+	"flag"
+	"fmt"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
@@ -41,6 +44,9 @@ type bench struct {
 
 func (b *bench) Sets(p sa.Phase, d int) { b.sets[p] += d }
 func (b *bench) UEs(s State, d int)     { b.ues[s] += d }
+func (b *bench) Unexpected(fsm string, state, event fmt.Stringer) {
+	b.t.Errorf("%s: unexpected event %v in state %v", fsm, event, state)
+}
 func (b *bench) AwaitAuthExpired()      { b.expired++ }
 func (b *bench) SetRemoved(s *Set)      { b.gone = append(b.gone, s) }
 func (b *bench) post(f func()) error    { f(); return nil }
@@ -401,5 +407,44 @@ func TestGenerations(t *testing.T) {
 	s2 := b.begin(o)
 	if s2.UE.Index != index || b.table.Lookup(index, gen) != nil || b.table.Lookup(index, s2.UE.Gen) != s2.UE {
 		t.Error("an old token reaches the new phone")
+	}
+}
+
+// Every cell of the registration's table: what is not in it changes nothing.
+func TestStates(t *testing.T) {
+	want := map[State][3]State{ // by event
+		Pending: {0, Registered, Deregistered}, Registered: {0, Registered, Deregistered},
+		Deregistered: {0, Registered, Deregistered},
+	}
+	for s := State(0); s <= Deregistered+1; s++ {
+		for e := Event(0); e <= Ended+1; e++ {
+			next, ok := s.On(e)
+			legal := want[s] != [3]State{} && e >= Accepted && e <= Ended
+			if ok != legal || legal && next != want[s][e] || !legal && next != s {
+				t.Errorf("%v on %v: %v, %v", s, e, next, ok)
+			}
+		}
+	}
+}
+
+var update = flag.Bool("update", false, "rewrite the diagrams in docs")
+
+// The diagrams in docs are those of the tables.
+func TestDiagrams(t *testing.T) {
+	const file = "../../docs/states.md"
+	text := "# State machines\n\nMade from the tables in the code; `go test ./control/registrar -update` writes this file.\n\n" +
+		"## Registration of a UE (control/registrar)\n\n```mermaid\n" + Diagram() + "```\n\n" +
+		"## SA set (control/sa)\n\n```mermaid\n" + sa.Diagram() + "```\n"
+	if *update {
+		if err := os.MkdirAll("../../docs", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(file)
+	if err != nil || string(got) != text {
+		t.Errorf("%s is not what the tables say (%v): run with -update", file, err)
 	}
 }
