@@ -41,6 +41,12 @@ const hardMargin = time.Minute
 // resetGrace is how long the SAs of a set outlive its connections.
 const resetGrace = 100 * time.Millisecond
 
+// How often the backend is asked to move a hard limit, and how long after a refusal.
+const (
+	extendTries = 3
+	extendRetry = time.Second
+)
+
 // Config is the part of the configuration that rules SA sets. Times are real time.
 type Config struct {
 	ServerPorts []uint16      // port-ps, in order of preference
@@ -559,12 +565,30 @@ func (t *Table) Refresh(s *Set, life time.Duration) {
 // extend sets the life of a set here and the backstop in the backend.
 func (t *Table) extend(s *Set, life time.Duration) {
 	t.arm(s, life)
-	s.Hard = life + hardMargin
+	t.backstop(s, extendTries)
+}
+
+// backstop moves the hard limit of a set in the backend beyond our own. A backend that is busy is asked again; one that
+// goes on refusing would let the SAs die while we believe in them, so the set goes.
+func (t *Table) backstop(s *Set, tries int) {
+	s.Hard = s.Deadline.Sub(t.now()) + hardMargin
 	t.installer.Extend(s.Params, s.Hard, func(err error) {
-		if err != nil {
-			// The backend no longer knows the set: nothing can be sent or received over it, so it must not be used.
-			t.onLoop(func() { t.remove(s) })
+		if err == nil {
+			return
 		}
+		t.onLoop(func() {
+			switch {
+			case s.Phase == sa.Dead:
+			case tries <= 1:
+				t.remove(s)
+			default:
+				t.wheel.Schedule(new(wheel.Timer), extendRetry, func() {
+					if s.Phase != sa.Dead {
+						t.backstop(s, tries-1)
+					}
+				})
+			}
+		})
 	})
 }
 

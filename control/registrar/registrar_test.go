@@ -327,6 +327,31 @@ func TestRefresh(t *testing.T) {
 	}
 }
 
+// A backend that will not move its hard limit is asked again; when it goes on refusing the set goes, because its SAs would
+// die while we believe in them.
+func TestExtendFails(t *testing.T) {
+	for _, c := range []struct {
+		refusals int
+		survives bool
+	}{{extendTries - 1, true}, {extendTries, false}} {
+		b := newBench(t)
+		left := c.refusals
+		b.backend.FailExtend = func(sa.Params) error {
+			if left--; left >= 0 {
+				return errors.New("queue is full")
+			}
+			return nil
+		}
+		s := b.begin(offer(0))
+		b.table.Confirm(s, time.Hour)
+		b.backend.Answer()
+		b.advance(10 * time.Second)
+		if survives := s.Phase == sa.Established; survives != c.survives {
+			t.Errorf("after %d refusals the set is %v", c.refusals, s.Phase)
+		}
+	}
+}
+
 // R6.4, R6.15: a phone that starts over in clear with the same ports gets a second set beside the first, which goes only
 // with the 200.
 func TestReboot(t *testing.T) {

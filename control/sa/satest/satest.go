@@ -23,6 +23,8 @@ type key struct {
 type Backend struct {
 	// Fail, if set, is asked before each Install; an error refuses the set.
 	Fail func(p sa.Params) error
+	// FailExtend, if set, is asked before each Extend.
+	FailExtend func(p sa.Params) error
 
 	mu      sync.Mutex
 	sas     map[key]sa.SA
@@ -80,6 +82,12 @@ func (b *Backend) Remove(p sa.Params, done func(error)) {
 // Extend implements sa.Installer.
 func (b *Backend) Extend(p sa.Params, hard time.Duration, done func(error)) {
 	b.later(func() {
+		if b.FailExtend != nil {
+			if err := b.FailExtend(p); err != nil {
+				done(err)
+				return
+			}
+		}
 		p.Hard = hard
 		b.mu.Lock()
 		b.Extended = append(b.Extended, p)
