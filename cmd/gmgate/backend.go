@@ -24,6 +24,7 @@ type backend struct {
 	hidden *hostnet.NS // where protected sockets must be made; nil: here
 	able   []ims.Suite // nil: every suite
 	stats  func() esptun.Stats
+	kernel func() (map[string]uint64, error) // counters of the kernel's XFRM
 }
 
 // openBackend opens the ESP backend: with auto the kernel where it can do ESP, else user space.
@@ -36,10 +37,30 @@ func openBackend(cfg *config.Config, log *slog.Logger) (*backend, error) {
 	case config.BackendAuto:
 	}
 	support := xfrm.Probe(nil)
-	if err := support.Err(); err != nil {
-		return openUserspace(cfg, log, "auto: "+support.Reason)
+	if why := cannotUse(&support, cfg); why != "" {
+		return openUserspace(cfg, log, "auto: "+why)
 	}
 	return openKernel(cfg, log, "auto: "+support.Reason)
+}
+
+// cannotUse says why the kernel's ESP does not do for a configuration, nothing if it does. Missing privileges are no such
+// reason: the operator wants to hear of them.
+func cannotUse(s *xfrm.Support, cfg *config.Config) string {
+	if err := s.Err(); err != nil {
+		if errors.Is(err, xfrm.ErrPermission) {
+			return ""
+		}
+		return s.Reason
+	}
+	for _, a := range cfg.Gm.Addresses {
+		if a.Is4() && !s.V4 || a.Is6() && !s.V6 {
+			return fmt.Sprintf("kernel cannot do ESP for %s: %s", a, s.Reason)
+		}
+	}
+	if k := (&backend{able: s.Suites}); len(k.suites(cfg.Security.Suites())) == 0 {
+		return "kernel can do none of the configured algorithms: " + s.Reason
+	}
+	return ""
 }
 
 func openKernel(cfg *config.Config, log *slog.Logger, reason string) (*backend, error) {
@@ -51,7 +72,7 @@ func openKernel(cfg *config.Config, log *slog.Logger, reason string) (*backend, 
 		return nil, fmt.Errorf("open ESP backend xfrm: %w", err)
 	}
 	support := b.Support()
-	k := &backend{Installer: b, name: "xfrm", reason: reason, able: support.Suites}
+	k := &backend{Installer: b, name: "xfrm", reason: reason, able: support.Suites, kernel: b.Statistics}
 	if len(k.suites(cfg.Security.Suites())) == 0 {
 		return nil, errors.Join(fmt.Errorf("open ESP backend xfrm: the kernel can do none of the configured algorithms: %s",
 			support.Reason), b.Close())
@@ -83,6 +104,9 @@ func (b *backend) observe(m *observe.Metrics) {
 		func() float64 { return float64(b.Count()) })
 	m.AddFunc("esp_backend_info", "ESP backend in use, always 1.", observe.Gauge, map[string]string{"backend": b.name},
 		func() float64 { return 1 })
+	if b.kernel != nil {
+		observeKernel(m, b.kernel)
+	}
 	if b.stats == nil {
 		return
 	}
@@ -110,6 +134,24 @@ func (b *backend) observe(m *observe.Metrics) {
 			map[string]string{"reason": r.String()}, func() float64 {
 				s := b.stats()
 				return float64(s.Dropped(r))
+			})
+	}
+}
+
+// observeKernel exports the counters of the kernel's XFRM, where it keeps any (/proc/net/xfrm_stat).
+func observeKernel(m *observe.Metrics, read func() (map[string]uint64, error)) {
+	names, err := read()
+	if err != nil {
+		return
+	}
+	for name := range names {
+		m.AddFunc("xfrm_errors_total", "Packets that the kernel's XFRM dropped.", observe.Counter,
+			map[string]string{"counter": name}, func() float64 {
+				now, err := read()
+				if err != nil {
+					return 0
+				}
+				return float64(now[name])
 			})
 	}
 }

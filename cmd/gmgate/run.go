@@ -161,7 +161,7 @@ func proxyConfig(cfg *config.Config, suites []ims.Suite) (*proxy.Config, error) 
 		VisitedNetwork: cfg.Mw.VisitedNetwork, OrigIOI: cfg.Mw.OrigIOI,
 		QuoteIntegrity: cfg.Mw.IntegrityProtectedQuoted, RegisterTimeout: cfg.Mw.RegisterTimeout,
 		HealthInterval: cfg.Mw.HealthInterval,
-		TokenKey:       key, SPIFirst: cfg.Security.SPI.First, SPILast: cfg.Security.SPI.Last,
+		Fleet:          new(proxy.Fleet), TokenKey: key, SPIFirst: cfg.Security.SPI.First, SPILast: cfg.Security.SPI.Last,
 	}
 	if cfg.Mw.IntegrityProtectedClear == config.IntegrityNo {
 		p.ClearIntegrity = "no"

@@ -90,9 +90,7 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 	w.e.AddrPort(netip.AddrPortFrom(s.Local, s.Ports.PS))
 	w.e.Str(";branch=")
 	w.putBranch(token{kind: tokenToUE, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, digits)
-	if called > 0 && called <= 255 { // no hint means the default identity
-		w.putHint(uint8(called), 0)
-	}
+	w.putAnswerHint(uint8(min(max(called, 0), 255)), back.Transport, digits)
 	w.e.Str("\r\n")
 	if dialogForming(method) && !w.inDialog() {
 		w.e.Str("Record-Route: <sip:")
@@ -168,10 +166,25 @@ func (w *Worker) requestOverTCP(f ims.Flow, s *registrar.Set, method sipmsg.Meth
 
 // remember notes which connection the requests of a peer come over, so that their answers go back on it.
 func (w *Worker) remember(c ims.ConnID, sentBy netip.AddrPort) {
-	if w.answer[sentBy] == c || len(w.answer) >= maxFwdPeers {
+	old, known := w.answer[sentBy]
+	if old == c && known || !known && len(w.answer) >= maxFwdPeers {
 		return
 	}
-	w.answer[sentBy], w.mwPeer[c] = c, sentBy
+	w.unremember(c)
+	if known {
+		delete(w.sentBy, old)
+	}
+	w.answer[sentBy], w.sentBy[c] = c, sentBy
+}
+
+// unremember forgets which peer a connection answers.
+func (w *Worker) unremember(c ims.ConnID) {
+	if sentBy, ok := w.sentBy[c]; ok {
+		delete(w.sentBy, c)
+		if w.answer[sentBy] == c {
+			delete(w.answer, sentBy)
+		}
+	}
 }
 
 // requestForUs answers requests of the core that name no UE.
@@ -254,7 +267,11 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 		return
 	}
 	// The answer goes over the set of the request while that lives, else over the one in use.
-	serial, how := w.readHint(&via)
+	hint, _ := w.readHint(&via, 2)
+	serial, how := hint[0], channel(hint[1])
+	if how == 0 {
+		how = byUDP
+	}
 	s := u.Set(serial)
 	if s == nil {
 		s = u.Current
@@ -267,7 +284,7 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 	w.e.PopElement(m, sipmsg.Via)
 	w.stripFromCore(u)
 	if dialogForming(m.CSeqMethod()) {
-		w.rewriteRecordRoute(s, true, channel(how) != byUDP)
+		w.rewriteRecordRoute(s, true, how != byUDP)
 	}
 	if m.Status() == 503 {
 		// RFC 3261 §16.7: a 503 speaks of the core, and phones would take it as a reason to leave this P-CSCF.
@@ -280,5 +297,5 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 	if !w.finish() {
 		return
 	}
-	w.sendToUE(s, channel(how), w.out, sipmsg.MethodOther)
+	w.sendToUE(s, how, w.out, sipmsg.MethodOther)
 }

@@ -39,28 +39,49 @@ func (w *Worker) hex64(v uint64) []byte {
 func put64(b []byte, v uint64) { binary.BigEndian.PutUint64(b, v) }
 
 // hintParam is a parameter of our Via that carries what may differ between an INVITE and its CANCEL, and so must not be
-// part of the branch: two octets in hexadecimal. It is a hint and no proof. On requests to the core: the serial of the SA
-// set and the channel. On requests to a UE: one of its identities, which it may choose itself anyhow.
+// part of the branch: octets in hexadecimal. On requests to the core: the serial of the SA set and the channel, which the
+// core is trusted to give back. On requests to a UE: the identity that was called and the transport that the answer takes,
+// with a MAC of 32 bits.
 const hintParam = "gm"
 
-func (w *Worker) putHint(a, b uint8) {
+func (w *Worker) putHint(octets ...byte) {
 	w.e.Str(";" + hintParam + "=")
-	w.text = hex.AppendEncode(w.text[:0], []byte{a, b})
+	w.text = hex.AppendEncode(w.text[:0], octets)
 	w.e.Raw(w.text)
 }
 
-// readHint reads the parameter out of the top Via of the current answer, zeros if there is none.
-func (w *Worker) readHint(v *sipmsg.ViaParm) (a, b uint8) {
+// hintMAC binds the hint of a request to a UE to its transaction.
+func (w *Worker) hintMAC(called uint8, t ims.Transport, digits uint64) [4]byte {
+	w.text = binary.BigEndian.AppendUint64(append(w.text[:0], "hint"...), digits)
+	w.text = append(w.text, called, byte(t))
+	m := w.seal.mac(&w.sc, w.text)
+	return [4]byte{byte(m >> 24), byte(m >> 16), byte(m >> 8), byte(m)}
+}
+
+func (w *Worker) putAnswerHint(called uint8, t ims.Transport, digits uint64) {
+	m := w.hintMAC(called, t, digits)
+	w.putHint(called, byte(t), m[0], m[1], m[2], m[3])
+}
+
+// readHint reads n octets of the parameter out of the top Via of the current answer.
+func (w *Worker) readHint(v *sipmsg.ViaParm, n int) (octets [6]byte, ok bool) {
 	top := w.m.Get(sipmsg.Via)
 	p, ok := sipmsg.Param(top[v.ParamsAt:v.Len], hintParam)
-	if !ok || len(p) != 4 {
-		return 0, 0
+	if !ok || len(p) != 2*n {
+		return octets, false
 	}
-	var out [2]byte
-	if _, err := hex.Decode(out[:], p); err != nil {
-		return 0, 0
+	_, err := hex.Decode(octets[:], p)
+	return octets, err == nil
+}
+
+// readAnswerHint reads the hint of a request to a UE back.
+func (w *Worker) readAnswerHint(v *sipmsg.ViaParm, digits uint64) (called uint8, t ims.Transport, ok bool) {
+	h, ok := w.readHint(v, 6)
+	if !ok {
+		return 0, 0, false
 	}
-	return out[0], out[1]
+	called, t = h[0], ims.Transport(h[1])
+	return called, t, [4]byte(h[2:6]) == w.hintMAC(called, t, digits) && (t == ims.UDP || t == ims.TCP)
 }
 
 // readBranch takes our branch apart. It reports false for one that we did not make.

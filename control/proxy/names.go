@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"maps"
 	"net"
 	"net/netip"
 	"strings"
@@ -20,6 +21,7 @@ const (
 	nameTimeout  = 3 * time.Second
 	maxNames     = 1024
 	maxNameWaits = 256 // messages waiting for one name
+	maxLookups   = 64  // under way at a time
 )
 
 type nameState uint8
@@ -32,8 +34,9 @@ const (
 
 // resolver caches host names. The lookups themselves run outside of the loop.
 type resolver struct {
-	hosts map[string]netip.Addr
-	cache map[string]*name
+	hosts   map[string]netip.Addr
+	cache   map[string]*name
+	running int // lookups under way
 }
 
 type name struct {
@@ -99,9 +102,13 @@ func (w *Worker) await(f ims.Flow, host []byte) {
 // whenResolved runs f on the loop after a lookup of the name has ended, well or not.
 func (w *Worker) whenResolved(host string, f func()) {
 	n := w.names.cache[host]
+	if (n == nil || !n.pending) && w.names.running >= maxLookups {
+		w.obs.Drop(observe.ReasonBusy)
+		return
+	}
 	if n == nil {
 		if len(w.names.cache) >= maxNames {
-			clear(w.names.cache)
+			maps.DeleteFunc(w.names.cache, func(_ string, n *name) bool { return !n.pending })
 		}
 		n = &name{}
 		w.names.cache[host] = n
@@ -115,6 +122,7 @@ func (w *Worker) whenResolved(host string, f func()) {
 		return
 	}
 	n.pending = true
+	w.names.running++
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), nameTimeout)
 		defer cancel()
@@ -124,6 +132,7 @@ func (w *Worker) whenResolved(host string, f func()) {
 }
 
 func (w *Worker) resolved(host string, n *name, addrs []netip.Addr, err error) {
+	w.names.running--
 	n.pending, n.addr = false, netip.Addr{}
 	ttl := nameRetry
 	for _, a := range addrs {

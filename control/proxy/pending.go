@@ -11,18 +11,21 @@ import (
 // retryAfter is what a phone is told that came at a bad time (RFC 3261 §20.33).
 const retryAfter = "Retry-After: 30\r\n"
 
-// pendingQueue holds the REGISTER transactions in clear that are not answered yet, oldest first: what nobody has proved to
-// be entitled to may take only so much.
+// pendingQueue holds REGISTER transactions in clear, oldest first: what nobody has proved to be entitled to may take only
+// so much. A worker has one of those that wait for the core and one of those that were answered and are kept for
+// retransmissions.
 type pendingQueue struct {
 	oldest, newest *regTx
 	n              int
 	bySource       map[netip.Prefix]int
 }
 
-func newPendingQueue() pendingQueue { return pendingQueue{bySource: make(map[netip.Prefix]int)} }
+func newPendingQueue() *pendingQueue { return &pendingQueue{bySource: make(map[netip.Prefix]int)} }
 
+// add appends a transaction; it leaves the queue that it was in.
 func (q *pendingQueue) add(tx *regTx) {
-	tx.older, tx.newer, tx.queued = q.newest, nil, true
+	tx.unqueue()
+	tx.older, tx.newer, tx.queue = q.newest, nil, q
 	if q.newest != nil {
 		q.newest.newer = tx
 	} else {
@@ -33,8 +36,10 @@ func (q *pendingQueue) add(tx *regTx) {
 	q.bySource[registrar.Source(tx.flow.Remote.Addr())]++
 }
 
-func (q *pendingQueue) remove(tx *regTx) {
-	if !tx.queued {
+// unqueue takes a transaction out of the queue that it is in.
+func (tx *regTx) unqueue() {
+	q := tx.queue
+	if q == nil {
 		return
 	}
 	if tx.older != nil {
@@ -47,7 +52,7 @@ func (q *pendingQueue) remove(tx *regTx) {
 	} else {
 		q.newest = tx.older
 	}
-	tx.older, tx.newer, tx.queued = nil, nil, false
+	tx.older, tx.newer, tx.queue = nil, nil, nil
 	q.n--
 	source := registrar.Source(tx.flow.Remote.Addr())
 	if q.bySource[source]--; q.bySource[source] == 0 {
@@ -63,13 +68,46 @@ func (w *Worker) room(f ims.Flow) bool {
 	return w.waiting.bySource[source]+sets < w.cfg.PendingSource
 }
 
-// enqueuePending notes a REGISTER in clear. Beyond the limit over all sources the oldest one gives way: it is forgotten
-// without an answer, since its sender has most likely gone, and a late answer of the core is dropped.
+// enqueuePending notes a REGISTER in clear.
 func (w *Worker) enqueuePending(tx *regTx) {
 	w.waiting.add(tx)
+	w.boundPending()
+}
+
+// boundPending keeps the limit over all sources. Beyond it the oldest one gives way, a set that waits for its
+// authentication before a transaction that waits for the core: it is forgotten without an answer, since its sender has most
+// likely gone.
+func (w *Worker) boundPending() {
 	limit := max(1, w.cfg.PendingMax/w.cfg.Workers)
-	for w.waiting.n > limit {
+	for {
+		_, sets := w.table.Unconfirmed(netip.Prefix{})
+		if w.waiting.n+sets <= limit {
+			return
+		}
 		w.obs.Drop(observe.ReasonBusy)
-		w.forget(w.waiting.oldest)
+		if !w.table.DropOldest() {
+			w.forget(w.waiting.oldest)
+		}
 	}
 }
+
+// answeredPending keeps an answered REGISTER in clear for its retransmissions, within bounds: what gives way is answered
+// anew if it comes again.
+func (w *Worker) answeredPending(tx *regTx) {
+	w.answered.add(tx)
+	source := registrar.Source(tx.flow.Remote.Addr())
+	if w.answered.bySource[source] > answeredPerPending*w.cfg.PendingSource {
+		for old := w.answered.oldest; old != nil; old = old.newer {
+			if registrar.Source(old.flow.Remote.Addr()) == source {
+				w.forget(old)
+				break
+			}
+		}
+	}
+	for w.answered.n > max(1, answeredPerPending*w.cfg.PendingMax/w.cfg.Workers) {
+		w.forget(w.answered.oldest)
+	}
+}
+
+// answeredPerPending is how many answered transactions may be kept for each one that may be under way.
+const answeredPerPending = 4

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -48,6 +49,7 @@ type dialled struct {
 // loop is an event loop in memory: what the worker does is recorded, time is moved by the test.
 type loop struct {
 	now    time.Time
+	mu     sync.Mutex // of posted: look-ups post from goroutines of their own
 	posted []func()
 	out    []sent
 	dials  []dialled
@@ -58,8 +60,22 @@ type loop struct {
 
 func (l *loop) Index() int                     { return 0 }
 func (l *loop) Now() time.Time                 { return l.now }
-func (l *loop) Post(f func()) error            { l.posted = append(l.posted, f); return nil }
 func (l *loop) CloseConn(c ims.ConnID, _ bool) { delete(l.conns, c); l.closed = append(l.closed, c) }
+
+func (l *loop) Post(f func()) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.posted = append(l.posted, f)
+	return nil
+}
+
+func (l *loop) take() []func() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	posted := l.posted
+	l.posted = nil
+	return posted
+}
 
 func (l *loop) SendUDP(local, remote netip.AddrPort, msg []byte) error {
 	l.out = append(l.out, sent{local, remote, 0, string(msg)})
@@ -127,8 +143,7 @@ func newRig(t testing.TB, change ...func(*Config)) *rig {
 func (r *rig) settle() {
 	for {
 		n := r.backend.Answer()
-		posted := r.l.posted
-		r.l.posted = nil
+		posted := r.l.take()
 		for _, f := range posted {
 			f()
 		}

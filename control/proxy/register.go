@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"bytes"
 	"encoding/hex"
 	"errors"
 	"net/netip"
@@ -46,6 +45,7 @@ type regTx struct {
 
 	impi, impu, callID string
 	contact            string // Contact URI offered
+	outbound           bool   // Contact has reg-id: one of several flows (RFC 5626)
 	dereg              bool   // asks for de-registration
 	response           bool   // carried a challenge response
 
@@ -63,8 +63,8 @@ type regTx struct {
 	timer   wheel.Timer
 	timeout wheel.Timer
 
-	older, newer *regTx // in pendingQueue
-	queued       bool
+	older, newer *regTx // in queue
+	queue        *pendingQueue
 }
 
 func newestKey(impi string, a netip.Addr) string { return a.String() + " " + impi }
@@ -82,6 +82,10 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 		w.repeat(tx)
 		return
 	}
+	if s != nil && s.Phase == sa.Temporary && s.Dropped() {
+		w.obs.Drop(observe.ReasonNoSA) // its registration has failed
+		return
+	}
 	if s == nil && !w.room(f) {
 		w.refuse(f, s, 503, "Service Unavailable", "too many registrations of this address under way", observe.ReasonBusy,
 			retryAfter)
@@ -92,7 +96,7 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 		return
 	}
 	tx.key = key
-	if len(w.txs) >= maxRegisterTx {
+	if s == nil && len(w.txs) >= maxRegisterTx {
 		w.refuse(f, s, 503, "Service Unavailable", "too many registrations under way", observe.ReasonBusy, retryAfter)
 		return
 	}
@@ -109,6 +113,9 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 	}
 	w.newest[nk] = tx
 	w.wheel.Schedule(&tx.timeout, w.cfg.RegisterTimeout, func() { w.registerTimeout(tx) })
+	if s != nil { // reg-await-auth has done its part, the phone has answered
+		w.table.Hold(s, w.cfg.RegisterTimeout+answerGrace)
+	}
 	w.sendRegister(tx)
 }
 
@@ -169,6 +176,9 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		return refuse(400, "Bad Request", "To: "+err.Error(), observe.ReasonMalformed)
 	}
 	tx.impu = string(to.URI)
+	if m.Count(sipmsg.Authorization) > 1 { // the registrar might look at the other one
+		return refuse(400, "Bad Request", "Authorization: more than one", observe.ReasonMalformed)
+	}
 	if err := w.readAuthorization(tx); err != nil {
 		return refuse(400, "Bad Request", "Authorization: "+err.Error(), observe.ReasonMalformed)
 	}
@@ -194,6 +204,8 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		}
 		// RFC 3329 §2.3.1: the client must use the security agreement.
 		return refuse(421, "Extension Required", warning, why, "Require: sec-agree\r\n", w.bareServer())
+	case hasClient && s != nil && s.Phase != sa.Temporary && secagree.Equal(s.Client, client) == nil:
+		// SM7 again, or a refresh that repeats the agreement in force: nothing new to agree on.
 	case hasClient && (s == nil || s.Phase != sa.Temporary):
 		if !w.choose(tx, refuse) {
 			return nil
@@ -374,11 +386,13 @@ func (w *Worker) readContact(tx *regTx) error {
 			if e, ok := sipmsg.Param(na.Params, "expires"); ok {
 				expires = string(e)
 			}
-			if strings.TrimLeft(expires, "0") != "" || expires == "" {
-				all = false
-			}
-			if n++; n == 1 {
+			stays := strings.TrimLeft(expires, "0") != "" || expires == ""
+			if n++; n == 1 || stays && all {
 				tx.contact = string(na.URI)
+				_, tx.outbound = sipmsg.Param(na.Params, "reg-id")
+			}
+			if stays {
+				all = false
 			}
 		}
 	}
@@ -400,7 +414,7 @@ func (w *Worker) buildRegister(tx *regTx, via *sipmsg.ViaParm) bool {
 			sipmsg.PUserDatabase, sipmsg.PProfileKey, sipmsg.MaxForwards, sipmsg.Route:
 			w.e.DeleteRow(row)
 		case sipmsg.PAccessNetworkInfo:
-			if bytes.Contains(m.Value(row), []byte("network-provided")) {
+			if networkProvided(m.Value(row)) {
 				w.stripNetworkProvided(row)
 			}
 		case sipmsg.Authorization:
@@ -411,7 +425,6 @@ func (w *Worker) buildRegister(tx *regTx, via *sipmsg.ViaParm) bool {
 	}
 	w.e.RemoveTokens(m, sipmsg.Require, "sec-agree", "mediasec", "path")
 	w.e.RemoveTokens(m, sipmsg.ProxyRequire, "sec-agree", "mediasec")
-	r := w.popRoutes()
 	left, _ := w.forwardsLeft()
 	at := m.HeadersStart()
 	w.e.Open(at, at)
@@ -422,7 +435,6 @@ func (w *Worker) buildRegister(tx *regTx, via *sipmsg.ViaParm) bool {
 	w.e.Str(";branch=")
 	w.putBranch(token{kind: tokenRegister, worker: uint8(w.id)}, uint64(tx.key))
 	w.e.Str("\r\n")
-	w.putRest(&r)
 	w.putForwards(left)
 	w.e.Str("Require: path\r\nPath: <sip:")
 	path := token{kind: tokenPath, worker: uint8(w.id)}
@@ -494,8 +506,10 @@ func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why
 // finishRegister keeps the final answer for retransmissions and sends it.
 func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 	w.wheel.Stop(&tx.timer)
-	w.waiting.remove(tx)
 	tx.final, tx.fwd, tx.busy = msg, nil, false
+	if tx.over == nil {
+		w.answeredPending(tx)
+	}
 	if w.newest[newestKey(tx.impi, tx.flow.Remote.Addr())] == tx {
 		delete(w.newest, newestKey(tx.impi, tx.flow.Remote.Addr()))
 	}
@@ -507,7 +521,7 @@ func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 func (w *Worker) forget(tx *regTx) {
 	w.wheel.Stop(&tx.timer)
 	w.wheel.Stop(&tx.timeout)
-	w.waiting.remove(tx)
+	tx.unqueue()
 	delete(w.txs, tx.key)
 	if nk := newestKey(tx.impi, tx.flow.Remote.Addr()); w.newest[nk] == tx {
 		delete(w.newest, nk)
@@ -555,9 +569,9 @@ func (w *Worker) registerAnswer(digits []byte) {
 	}
 }
 
-// strip401 edits an answer to a REGISTER for the UE: our Via, the charging headers and whatever the core said about a
-// security agreement go.
-func (w *Worker) stripRegisterAnswer() {
+// stripRegisterAnswer edits an answer to a REGISTER for the UE: our Via, the charging headers and whatever the core said about a
+// security agreement go. A challenge stays only where its keys are taken out of it.
+func (w *Worker) stripRegisterAnswer(challenge bool) {
 	m := &w.m
 	w.e.Reset(m)
 	w.e.PopElement(m, sipmsg.Via)
@@ -566,6 +580,10 @@ func (w *Worker) stripRegisterAnswer() {
 		case sipmsg.PChargingVector, sipmsg.PChargingFunctionAddresses, sipmsg.SecurityServer, sipmsg.SecurityClient,
 			sipmsg.SecurityVerify:
 			w.e.DeleteRow(row)
+		case sipmsg.WWWAuthenticate, sipmsg.ProxyAuthenticate:
+			if !challenge || row.ID == sipmsg.ProxyAuthenticate {
+				w.e.DeleteRow(row)
+			}
 		default:
 		}
 	}
@@ -583,7 +601,7 @@ func (w *Worker) challenged(tx *regTx) {
 			observe.ReasonChallengeWithoutKeys)
 		return
 	}
-	w.stripRegisterAnswer()
+	w.stripRegisterAnswer(true)
 	i := 0
 	for _, row := range m.Rows() {
 		if row.ID == sipmsg.WWWAuthenticate {
@@ -600,7 +618,7 @@ func (w *Worker) challenged(tx *regTx) {
 	}
 	switch {
 	case tx.offer == nil:
-		w.registerFailed(tx, 400, "Bad Request", "Security-Client: missing, and the core asks for authentication",
+		w.registerFailed(tx, 400, "Bad Request", "Security-Client: nothing new to agree on, and the core asks for authentication",
 			observe.ReasonNoSecurityClient)
 		return
 	case tx.over != nil && tx.over.Phase == sa.Temporary:
@@ -633,6 +651,7 @@ func (w *Worker) challenged(tx *regTx) {
 		w.registerFailed(tx, code, phrase, err.Error(), why)
 		return
 	}
+	w.boundPending()
 	server := secagree.Server{
 		SPIC: s.SPIs.PC, SPIS: s.SPIs.PS, PortC: s.Ports.PC, PortS: s.Ports.PS,
 		Suites: secagree.ServerSuites(tx.offer.Suite, w.cfg.Suites, tx.client, w.cfg.ServerList),
@@ -670,7 +689,7 @@ func (w *Worker) installed(tx *regTx, s *registrar.Set, err error) {
 func (w *Worker) registered(tx *regTx) {
 	s := tx.over
 	expires := w.grantedExpiry(tx)
-	w.stripRegisterAnswer()
+	w.stripRegisterAnswer(false)
 	if !w.finish() {
 		return
 	}
@@ -684,11 +703,27 @@ func (w *Worker) registered(tx *regTx) {
 		}
 		return
 	}
+	query := tx.contact == "" && !tx.dereg
+	late := !s.UE.Ended.IsZero() && !tx.began.After(s.UE.Ended) // the UE has been de-registered since it asked
+	if (query || late) && s.Phase != sa.Temporary {
+		w.finishRegister(tx, answer, 200)
+		return
+	}
 	if expires <= 0 {
 		w.finishRegister(tx, answer, 200)
 		w.obs.Registration(observe.RegDereg, true)
+		if s.UE.Unbind(tx.impu) { // another public identity is registered over the same set
+			w.assertIdentities(s.UE)
+			return
+		}
 		w.table.Deregister(s.UE, w.cfg.Registrar.OldSet)
 		return
+	}
+	if s.Phase == sa.Temporary && s.Over == nil { // the phone has started over
+		s.UE.Bindings = nil
+		if !tx.outbound {
+			w.moved(s.UE)
+		}
 	}
 	w.learn(s.UE, tx)
 	s.UE.Expires = w.eg.Now().Add(expires)
@@ -706,7 +741,7 @@ func (w *Worker) registered(tx *regTx) {
 // registrationRefused passes any other final answer on; the set of a failed authentication goes, older ones stay
 // (TS 33.203 §7.3).
 func (w *Worker) registrationRefused(tx *regTx) {
-	w.stripRegisterAnswer()
+	w.stripRegisterAnswer(false)
 	if !w.finish() {
 		return
 	}
@@ -790,15 +825,8 @@ func sameContact(a, b string) bool {
 // learn stores what the 200 says about the user (TS 24.229 §5.2.2.2).
 func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 	u.Contact = tx.contact
-	if ids := w.uris(sipmsg.PAssociatedURI); len(ids) > 0 {
-		u.Identities = ids
-	} else if len(u.Identities) == 0 {
-		u.Identities = []string{tx.impu}
-	}
-	u.Asserted = u.Asserted[:0]
-	for _, id := range u.Identities {
-		u.Asserted = append(u.Asserted, assertedRow(id, u.Identities))
-	}
+	u.Bind(registrar.Binding{IMPU: tx.impu, Associated: w.uris(sipmsg.PAssociatedURI)})
+	w.assertIdentities(u)
 	routes := w.uris(sipmsg.ServiceRoute)
 	if slices.Equal(routes, u.ServiceRoute) && (u.NextHop.IsValid() || len(routes) == 0) {
 		return
@@ -814,6 +842,14 @@ func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 		}
 	}
 	w.findNextHop(u.Index, u.Gen)
+}
+
+// assertIdentities prepares the P-Asserted-Identity rows of a UE.
+func (w *Worker) assertIdentities(u *registrar.UE) {
+	u.Asserted = u.Asserted[:0]
+	for _, id := range u.Identities {
+		u.Asserted = append(u.Asserted, assertedRow(id, u.Identities))
+	}
 }
 
 // findNextHop resolves the first entry of the Service-Route. Until that is known initial requests go where the REGISTER

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bytes"
+	"encoding/binary"
 	"net/netip"
 	"slices"
 
@@ -47,6 +48,9 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 			w.refuse(f, s, 403, "Forbidden", "Route: flow token is not of this UE", observe.ReasonForgedToken)
 			return
 		}
+	}
+	if r.token != nil && !w.inDialog() {
+		r.token = nil // only a dialog has a route set of its own
 	}
 	hop, ok := w.hopFromUE(f, s, &r)
 	if !ok {
@@ -95,7 +99,9 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 // requestDigits tells the transactions of one UE apart by what a retransmission, a CANCEL and a non-2xx ACK repeat: the
 // UE's own Via.
 func (w *Worker) requestDigits(v *sipmsg.ViaParm) uint64 {
-	return w.seal.mac(&w.sc, v.Branch, v.Host, w.m.Get(sipmsg.CallID))
+	num, _ := w.m.CSeq()
+	w.text = binary.BigEndian.AppendUint32(w.text[:0], num)
+	return w.seal.mac(&w.sc, v.Branch, v.Host, w.m.Get(sipmsg.CallID), w.text)
 }
 
 // deliverToCore sends the finished request; if the connection fails the UE gets 503 at once.
@@ -137,7 +143,14 @@ func (w *Worker) hopFromUE(f ims.Flow, s *registrar.Set, r *routes) (ims.Hop, bo
 		w.refuse(f, s, 400, "Bad Request", "Route: "+err.Error(), observe.ReasonMalformed)
 		return ims.Hop{}, false
 	}
+	if !w.mayResolve(u, &uri) {
+		w.refuse(f, s, 403, "Forbidden", "Route: destination not allowed", observe.ReasonRouteNotAllowed)
+		return ims.Hop{}, false
+	}
 	h, state := w.resolve(&uri)
+	if state == namePending && w.names.running >= maxLookups {
+		state = nameUnknown
+	}
 	switch state {
 	case nameUnknown:
 		w.refuse(f, s, 503, "Service Unavailable", "Route: host name does not resolve", observe.ReasonCoreUnreachable)
@@ -152,6 +165,18 @@ func (w *Worker) hopFromUE(f ims.Flow, s *registrar.Set, r *routes) (ims.Hop, bo
 		return h, false
 	}
 	return h, true
+}
+
+// mayResolve reports whether a host of a UE's Route may be looked up: an address, a name that we know, or any name where
+// peers are configured by address.
+func (w *Worker) mayResolve(u *registrar.UE, uri *sipmsg.URI) bool {
+	if _, literal := sipmsg.ParseAddr(uri.Host); literal || len(w.cfg.Peers) > 0 {
+		return true
+	}
+	if _, state := w.host(uri.Host); state == nameKnown {
+		return true
+	}
+	return slices.ContainsFunc(u.ServiceHosts, func(h string) bool { return sipmsg.EqualFold(uri.Host, h) })
 }
 
 // allowed reports whether requests of this UE may be routed to a host: a next hop, a host of its Service-Route, or a
@@ -201,7 +226,7 @@ func (w *Worker) stripFromUE(u *registrar.UE) (identity int) {
 				w.e.DeleteRow(row)
 			}
 		case sipmsg.PAccessNetworkInfo:
-			if bytes.Contains(m.Value(row), []byte("network-provided")) {
+			if networkProvided(m.Value(row)) {
 				w.stripNetworkProvided(row)
 			}
 		default:
@@ -212,6 +237,17 @@ func (w *Worker) stripFromUE(u *registrar.UE) (identity int) {
 	return identity
 }
 
+// networkProvided reports whether a value of P-Access-Network-Info holds the parameter that only the network may set.
+func networkProvided(v []byte) bool {
+	const param = "network-provided"
+	for i := 0; i+len(param) <= len(v); i++ {
+		if sipmsg.EqualFold(v[i:i+len(param)], param) {
+			return true
+		}
+	}
+	return false
+}
+
 // stripNetworkProvided deletes those values of P-Access-Network-Info which only the network may insert (RFC 7315 §4.4).
 func (w *Worker) stripNetworkProvided(row sipmsg.Row) {
 	v := w.m.Value(row)
@@ -219,7 +255,7 @@ func (w *Worker) stripNetworkProvided(row sipmsg.Row) {
 	for len(v) > 0 {
 		elem, rest := sipmsg.Element(v)
 		v = rest
-		if bytes.Contains(elem, []byte("network-provided")) {
+		if networkProvided(elem) {
 			continue
 		}
 		if len(keep) > 0 {
@@ -282,10 +318,17 @@ func (w *Worker) answerFromUE(s *registrar.Set) {
 		return
 	}
 	hop, ok := answerTarget(&below)
-	if !ok || !bytes.Equal(w.hex64(w.answerDigits(&below, hop)), digits) {
+	want := w.answerDigits(&below, hop)
+	if !ok || !bytes.Equal(w.hex64(want), digits) {
 		w.obs.Drop(observe.ReasonViaMismatch)
 		return
 	}
+	called, transport, ok := w.readAnswerHint(&via, want)
+	if !ok {
+		w.obs.Drop(observe.ReasonViaMismatch)
+		return
+	}
+	hop.Transport = transport // whatever the UE has made of the Via beneath
 
 	w.e.Reset(m)
 	w.e.PopElement(m, sipmsg.Via)
@@ -293,7 +336,7 @@ func (w *Worker) answerFromUE(s *registrar.Set) {
 	if dialogForming(m.CSeqMethod()) {
 		w.rewriteRecordRoute(s, false, false)
 	}
-	if called, _ := w.readHint(&via); int(called) < len(u.Asserted) && m.Status() != 100 {
+	if int(called) < len(u.Asserted) && m.Status() != 100 {
 		w.e.Insert(m.HeadersStart(), u.Asserted[called])
 	}
 	if !w.finish() {

@@ -49,6 +49,7 @@ type Config struct {
 	RegisterTimeout time.Duration
 	HealthInterval  time.Duration // zero: no OPTIONS to the next hops
 
+	Fleet    *Fleet // joins the workers of the process; nil for a single one
 	TokenKey ims.Key
 	SPIFirst ims.SPI
 	SPILast  ims.SPI
@@ -101,20 +102,21 @@ type Worker struct {
 
 	mwPort uint16 // our own Mw port
 
-	txs     map[txKey]*regTx
-	newest  map[string]*regTx // newest REGISTER transaction by IMPI and address
-	waiting pendingQueue      // REGISTER transactions in clear that are not answered yet
-	conns   map[ims.ConnID]*registrar.Set
-	dials   map[uint64]*dial
-	ueDial  map[*registrar.Set]*dial
-	mwConn  map[netip.AddrPort]ims.ConnID // connections we opened or that are reused, by the peer's listening address
-	mwPeer  map[ims.ConnID]netip.AddrPort
-	mwDial  map[netip.AddrPort]*dial
-	answer  map[netip.AddrPort]ims.ConnID // connection that requests of this sent-by came over last
-	nextTag uint64
-	names   resolver
-	health  []*nextHop
-	retry   retryMode // set while a message is handled again after a failed attempt
+	txs               map[txKey]*regTx
+	newest            map[string]*regTx // newest REGISTER transaction by IMPI and address
+	waiting, answered *pendingQueue     // REGISTER transactions in clear
+	conns             map[ims.ConnID]*registrar.Set
+	dials             map[uint64]*dial
+	ueDial            map[*registrar.Set]*dial
+	mwConn            map[netip.AddrPort]ims.ConnID // connections we opened or that are reused, by the peer's listening address
+	mwPeer            map[ims.ConnID]netip.AddrPort
+	mwDial            map[netip.AddrPort]*dial
+	answer            map[netip.AddrPort]ims.ConnID // connection that requests of this sent-by came over last
+	sentBy            map[ims.ConnID]netip.AddrPort // the other way round
+	nextTag           uint64
+	names             resolver
+	health            []*nextHop
+	retry             retryMode // set while a message is handled again after a failed attempt
 }
 
 type retryMode uint8
@@ -138,12 +140,13 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 	w := &Worker{
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
 		mwPort: cfg.MwPort + uint16(id),
-		txs:    make(map[txKey]*regTx), newest: make(map[string]*regTx), waiting: newPendingQueue(),
+		txs:    make(map[txKey]*regTx), newest: make(map[string]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
 		conns: make(map[ims.ConnID]*registrar.Set),
 		dials: make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
 		mwConn: make(map[netip.AddrPort]ims.ConnID), mwPeer: make(map[ims.ConnID]netip.AddrPort),
 		mwDial: make(map[netip.AddrPort]*dial), answer: make(map[netip.AddrPort]ims.ConnID),
-		names: newResolver(cfg.Hosts),
+		sentBy: make(map[ims.ConnID]netip.AddrPort),
+		names:  newResolver(cfg.Hosts),
 	}
 	return w, nil
 }
@@ -154,6 +157,9 @@ func (w *Worker) Boot(eg Egress) {
 	w.wheel = wheel.New(wheelTick, eg.Now())
 	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Post, setObserver{w})
 	w.startHealth()
+	if w.cfg.Fleet != nil {
+		w.cfg.Fleet.join(w)
+	}
 }
 
 // Tick advances the timers.
@@ -205,10 +211,8 @@ func (w *Worker) Closed(c ims.ConnID, _ ims.Flow) {
 		if w.mwConn[peer] == c {
 			delete(w.mwConn, peer)
 		}
-		if w.answer[peer] == c {
-			delete(w.answer, peer)
-		}
 	}
+	w.unremember(c)
 }
 
 // fromClear handles what arrives on the unprotected port: REGISTER, and nothing else (TS 33.203 §7.1).

@@ -79,13 +79,15 @@ type UE struct {
 	Current *Set   // carries requests to the UE; nil before the first 200
 
 	State        State
-	Identities   []string // P-Associated-URI, default public identity first
-	Asserted     []string // P-Asserted-Identity header rows, one per identity
-	ServiceRoute []string // URIs of Service-Route in order
-	ServiceHosts []string // hosts of these URIs
-	RouteRow     string   // Route header row that preloads the Service-Route
-	NextHop      ims.Hop  // where initial requests go; not valid until resolved
-	Contact      string   // Contact URI registered
+	Bindings     []Binding
+	Ended        time.Time // of the last de-registration
+	Identities   []string  // of all bindings, default public identity first
+	Asserted     []string  // P-Asserted-Identity header rows, one per identity
+	ServiceRoute []string  // URIs of Service-Route in order
+	ServiceHosts []string  // hosts of these URIs
+	RouteRow     string    // Route header row that preloads the Service-Route
+	NextHop      ims.Hop   // where initial requests go; not valid until resolved
+	Contact      string    // Contact URI registered
 	Expires      time.Time
 
 	portTurn int // rotates through the port-pc pool
@@ -113,6 +115,54 @@ func (u *UE) Forget(tx uint64) {
 	}
 }
 
+// Binding is one registered public identity of a UE with the implicit set that belongs to it (TS 24.229 §5.2.2.2).
+type Binding struct {
+	IMPU       string   // To of its REGISTER
+	Associated []string // P-Associated-URI
+}
+
+// Bind notes a registered identity, and replaces what was known of it.
+func (u *UE) Bind(b Binding) {
+	if i := slices.IndexFunc(u.Bindings, func(o Binding) bool { return o.IMPU == b.IMPU }); i >= 0 {
+		if len(b.Associated) == 0 {
+			b.Associated = u.Bindings[i].Associated
+		}
+		u.Bindings[i] = b
+	} else {
+		u.Bindings = append(u.Bindings, b)
+	}
+	u.gatherIdentities()
+}
+
+// Unbind takes an identity out, with the implicit set that it is of, and reports whether the UE has another one left.
+// One that nobody knows ends everything: better a phone that registers again than one that is thought to be reachable.
+func (u *UE) Unbind(impu string) (left bool) {
+	n := len(u.Bindings)
+	u.Bindings = slices.DeleteFunc(u.Bindings, func(b Binding) bool {
+		return b.IMPU == impu || slices.Contains(b.Associated, impu)
+	})
+	if len(u.Bindings) == n {
+		u.Bindings = nil
+	}
+	u.gatherIdentities()
+	return len(u.Bindings) > 0
+}
+
+func (u *UE) gatherIdentities() {
+	u.Identities = nil
+	for _, b := range u.Bindings {
+		ids := b.Associated
+		if len(ids) == 0 {
+			ids = []string{b.IMPU}
+		}
+		for _, id := range ids {
+			if !slices.Contains(u.Identities, id) {
+				u.Identities = append(u.Identities, id)
+			}
+		}
+	}
+}
+
 // Set is an SA set with what the SIP side remembers of its agreement.
 type Set struct {
 	sa.Params
@@ -137,6 +187,9 @@ type Set struct {
 	initial  bool // SM1 came in clear
 	removing bool // told to go, waiting for its grace
 }
+
+// Dropped reports whether the set was told to go.
+func (s *Set) Dropped() bool { return s.removing }
 
 // Live reports whether messages may use the set.
 func (s *Set) Live() bool { return s.Phase.Live() }
@@ -170,11 +223,13 @@ type Table struct {
 	gens    []uint16
 	free    []uint32
 	byKey   map[ueKey]*UE
+	byIMPI  map[string][]*UE
 	byTuple map[tuple]*Set
 	byAddr  map[netip.Addr][]*Set
 	// unconfirmed counts the sets of initial registrations that nobody has proved to be entitled to, by source.
 	unconfirmed map[netip.Prefix]int
-	pending     int // their sum
+	pending     int    // their sum
+	queue       []*Set // in the order of their beginning, confirmed and dead ones among them
 	nextID      uint64
 }
 
@@ -185,7 +240,7 @@ func New(cfg Config, worker int, spis *sa.SPIPool, w *wheel.Wheel, now func() ti
 	return &Table{
 		cfg: cfg, worker: worker, wheel: w, now: now, installer: inst, post: post, obs: obs, spis: spis,
 		ues: make([]*UE, 1), gens: make([]uint16, 1),
-		byKey: make(map[ueKey]*UE), byTuple: make(map[tuple]*Set), byAddr: make(map[netip.Addr][]*Set),
+		byKey: make(map[ueKey]*UE), byIMPI: make(map[string][]*UE), byTuple: make(map[tuple]*Set), byAddr: make(map[netip.Addr][]*Set),
 		unconfirmed: make(map[netip.Prefix]int),
 	}
 }
@@ -199,6 +254,21 @@ func Source(a netip.Addr) netip.Prefix {
 	}
 	p, _ := a.Unmap().Prefix(bits)
 	return p
+}
+
+// DropOldest ends the oldest set that waits for its authentication. It reports false when none does.
+func (t *Table) DropOldest() bool {
+	for len(t.queue) > 0 {
+		s := t.queue[0]
+		t.queue[0] = nil
+		t.queue = t.queue[1:]
+		if s.waits() {
+			t.remove(s)
+			return true
+		}
+	}
+	t.queue = nil
+	return false
 }
 
 // Unconfirmed returns how many SA sets of initial registrations wait for their authentication: those of one source, and
@@ -220,6 +290,7 @@ func (t *Table) account(s *Set, before bool) {
 	if after {
 		t.unconfirmed[source]++
 		t.pending++
+		t.queue = append(t.queue, s)
 		return
 	}
 	t.pending--
@@ -248,6 +319,11 @@ func (t *Table) Lookup(index uint32, gen uint16) *UE {
 
 // UEOf returns the context of an IMPI at an address, or nil.
 func (t *Table) UEOf(impi string, addr netip.Addr) *UE { return t.byKey[ueKey{impi, addr}] }
+
+// Elsewhere returns the contexts of an IMPI at other addresses than this.
+func (t *Table) Elsewhere(impi string, addr netip.Addr) []*UE {
+	return slices.DeleteFunc(slices.Clone(t.byIMPI[impi]), func(u *UE) bool { return u.Addr == addr })
+}
 
 // Set returns the live set of the UE with this serial, or nil.
 func (u *UE) Set(serial uint8) *Set {
@@ -380,11 +456,6 @@ func (t *Table) onLoop(f func()) { _ = t.post(f) }
 func (t *Table) installed(s *Set, err error, done func(*Set, error)) {
 	switch {
 	case s.Phase == sa.Dead: // dropped meanwhile; remove left the backend's part to us
-		if err == nil {
-			t.uninstall(s)
-		} else {
-			t.freeSPIs(s)
-		}
 		done(s, ErrAborted)
 	case err != nil:
 		t.unlink(s, sa.Refused)
@@ -449,6 +520,7 @@ func (t *Table) add(o *Offer) *UE {
 	u := &UE{State: Pending, Index: index, Gen: t.gens[index], IMPI: o.IMPI, Addr: o.UE, Local: o.Local}
 	t.ues[index] = u
 	t.byKey[ueKey{u.IMPI, u.Addr}] = u
+	t.byIMPI[u.IMPI] = append(t.byIMPI[u.IMPI], u)
 	t.obs.UEs(Pending, 1)
 	return u
 }
@@ -488,6 +560,8 @@ func (t *Table) Confirm(s *Set, life time.Duration) {
 	if prev != nil && (prev.Phase != sa.Established && prev.Phase != sa.Old || prev.removing) {
 		prev = nil
 	}
+	s.removing = false
+	t.happen(s, sa.Confirmed) // first: what waits for an older set finds this one
 	for _, o := range slices.Clone(u.Sets) {
 		if o != s && o != prev {
 			t.remove(o)
@@ -496,7 +570,6 @@ func (t *Table) Confirm(s *Set, life time.Duration) {
 	if prev != nil {
 		life = max(life, prev.Deadline.Sub(t.now()))
 	}
-	t.happen(s, sa.Confirmed)
 	t.extend(s, life)
 	if prev == nil {
 		u.Current = s
@@ -530,6 +603,9 @@ func (t *Table) handOver(u *UE) {
 		if s.Phase == sa.Old && s != u.Current {
 			t.arm(s, min(s.Deadline.Sub(t.now()), t.cfg.OldSet))
 		}
+	}
+	if s := u.Current; s != nil && s.Phase == sa.Old { // nothing to hand over to: it lives its life out
+		t.arm(s, s.Deadline.Sub(t.now()))
 	}
 }
 
@@ -615,10 +691,18 @@ func (t *Table) Drop(s *Set, grace time.Duration) {
 	t.arm(s, grace)
 }
 
+// Hold lets a temporary set live for at least d more, while the core decides about its REGISTER.
+func (t *Table) Hold(s *Set, d time.Duration) {
+	if s.Phase == sa.Temporary && !s.removing && s.Deadline.Sub(t.now()) < d {
+		t.arm(s, d)
+	}
+}
+
 // Deregister ends the registration: the sets stay for the grace so that answers and NOTIFY requests still reach the UE
 // (TS 24.229 §5.2.5.1), then they go.
 func (t *Table) Deregister(u *UE, grace time.Duration) {
 	t.register(u, Ended)
+	u.Ended = t.now()
 	for _, s := range u.Sets {
 		if s.Phase != sa.Reserved {
 			t.Drop(s, min(grace, max(0, s.Deadline.Sub(t.now()))))
@@ -634,7 +718,6 @@ func (t *Table) remove(s *Set) {
 	phase, connected := s.Phase, s.ConnIn != 0 || s.ConnOut != 0
 	t.unlink(s, sa.Removed)
 	switch {
-	case phase == sa.Reserved: // taken out when the backend has answered
 	case phase != sa.Temporary && connected:
 		// The resets of its connections still have to get out over it. Temporary sets do not wait, since the UE may
 		// offer the same SPIs again at once.
@@ -682,6 +765,11 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 	t.obs.SetRemoved(s)
 	if len(u.Sets) == 0 {
 		delete(t.byKey, ueKey{u.IMPI, u.Addr})
+		if rest := slices.DeleteFunc(t.byIMPI[u.IMPI], func(o *UE) bool { return o == u }); len(rest) > 0 {
+			t.byIMPI[u.IMPI] = rest
+		} else {
+			delete(t.byIMPI, u.IMPI)
+		}
 		t.ues[u.Index] = nil
 		t.gens[u.Index]++
 		t.free = append(t.free, u.Index)

@@ -122,7 +122,7 @@ func (b *bench) empty() {
 	if n := b.spis.InUse(); n != 0 {
 		b.t.Errorf("%d SPIs left in use", n)
 	}
-	if b.table.UEs() != 0 || len(b.table.byTuple) != 0 || len(b.table.byAddr) != 0 || b.wheel.Len() != 0 {
+	if b.table.UEs() != 0 || len(b.table.byTuple) != 0 || len(b.table.byAddr) != 0 || len(b.table.byIMPI) != 0 || b.wheel.Len() != 0 {
 		b.t.Errorf("left: %d UE contexts, %d tuples, %d addresses, %d timers",
 			b.table.UEs(), len(b.table.byTuple), len(b.table.byAddr), b.wheel.Len())
 	}
@@ -449,6 +449,25 @@ func TestStates(t *testing.T) {
 				t.Errorf("%v on %v: %v, %v", s, e, next, ok)
 			}
 		}
+	}
+}
+
+// An old set that is still in use ends with its lifetime when the new one is lost.
+func TestOldSetWithoutTimer(t *testing.T) {
+	b := newBench(t)
+	x := b.begin(offer(0))
+	b.table.Confirm(x, time.Hour)
+	b.backend.Answer()
+	o := offer(1)
+	o.Over = x
+	y := b.begin(o)
+	b.table.Confirm(y, time.Hour)
+	b.backend.Answer()
+	b.table.remove(y) // what extend does when the backend has lost the set
+	b.backend.Answer()
+	b.advance(3 * time.Hour)
+	if b.table.UEs() != 0 {
+		t.Errorf("old set never ends: phase %v, deadline %v ago, armed %v", x.Phase, b.now.Sub(x.Deadline), x.timer.Armed())
 	}
 }
 

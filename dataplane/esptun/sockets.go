@@ -84,6 +84,13 @@ func (s *rawSocket) configure(fd int, a netip.Addr, local []netip.Prefix) error 
 			}
 		}
 	}
+	if !s.v6 {
+		// No DF: on a path with a smaller MTU whose routers or filters send no ICMP large packets would be lost for ever,
+		// and the TCP in the hidden namespace would never learn of it.
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT); err != nil {
+			return fmt.Errorf("allow fragments of ESP packets: %w", err)
+		}
+	}
 	if s.v6 {
 		// IPv6 raw sockets deliver no IP header, so destination, traffic class and hop limit come as control messages.
 		// Free binding lets the source be an address which the host owns by a local route only (AnyIP).

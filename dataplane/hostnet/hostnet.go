@@ -18,6 +18,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // NS is a network namespace. Its methods may be called from any goroutine. The zero value is not usable.
@@ -136,7 +137,8 @@ func (n *NS) Delete() error {
 
 // with runs f with a netlink socket inside the namespace.
 func (n *NS) with(f func(*netlink.Handle) error) error {
-	h, err := netlink.NewHandleAt(n.handle)
+	// Route netlink only: a kernel without XFRM or netfilter must do.
+	h, err := netlink.NewHandleAt(n.handle, unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("open netlink in %s: %w", n, err)
 	}

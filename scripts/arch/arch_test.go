@@ -34,7 +34,10 @@ var allowed = map[string][]string{
 	"control/aka":       {"control/ims"},
 	"control/config":    {"control/ims"},
 	"control/sa":        {"control/ims", "control/secagree", "control/aka", "control/sa"},
+	"control/store":     {"control/ims", "control/sa", "control/store"},
 	"control/observe":   {"control/ims", "dataplane/sipmsg"},
+	"control/reginfo":   {},
+	"control/regevent":  {"control/ims", "control/reginfo", "dataplane/sipmsg"},
 	"control/registrar": {"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel"},
 	"control/proxy": {
 		"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel", "control/registrar",
@@ -68,8 +71,9 @@ var only = map[string][]string{
 	"github.com/prometheus/client_golang": {"control/observe", "cmd"},
 	"github.com/wmnsk/milenage":           {"bench"},
 	"github.com/gopacket/gopacket":        {"bench"},
-	"math/rand":                           {},                  // math/rand/v2 or crypto/rand
-	"go.uber.org/zap":                     {"dataplane/front"}, // gnet's logger interface
+	"go.etcd.io/bbolt":                    {"control/store/bolt"}, // panics on damaged files
+	"math/rand":                           {},                     // math/rand/v2 or crypto/rand
+	"go.uber.org/zap":                     {"dataplane/front"},    // gnet's logger interface
 }
 
 // topLevel are the entries that may lie at the top, beside those whose names begin with a dot.
@@ -206,6 +210,9 @@ func TestRulesBite(t *testing.T) {
 		{"bench/ue", pkg{Imports: []string{module + "control/sa"}}, 1},
 		{"bench/ue", pkg{Deps: []string{module + "control/proxy"}}, 1},
 		{"bench/e2e", pkg{XTestImports: []string{module + "control/config"}}, 1},
+		{"control/store", pkg{Imports: []string{"go.etcd.io/bbolt"}}, 1},
+		{"control/store", pkg{Imports: []string{module + "control/registrar"}}, 1},
+		{"control/store/bolt", pkg{Imports: []string{"go.etcd.io/bbolt/errors", module + "control/store"}}, 0},
 		{"control/wheel", pkg{TestImports: []string{"math/rand"}}, 1},
 		{"control/wheel", pkg{TestImports: []string{"math/rand/v2"}}, 0},
 		{"pkg/util", pkg{}, 1},
