@@ -316,9 +316,13 @@ func TestHostileRequests(t *testing.T) {
 		{"Route token of another phone", func(m *sipwire.Message) {
 			m.Set("Route", "<sip:"+othersToken+"@"+gm.String()+";lr>, "+routeRest(m))
 		}, 403, false},
-		{"own token, Route to somewhere else", func(m *sipwire.Message) {
+		{"own token in a dialog, Route to somewhere else", func(m *sipwire.Message) {
 			m.Set("Route", own+", <sip:10.0.1.77:5060;lr>")
+			m.Set("To", m.Get("To")+";tag=made-up")
 		}, 403, false},
+		{"own token outside of a dialog, Route to somewhere else", func(m *sipwire.Message) { // the Service-Route holds
+			m.Set("Route", own+", <sip:10.0.1.77:5060;lr>")
+		}, 200, true},
 		{"no hops left", func(m *sipwire.Message) { m.Set("Max-Forwards", "0") }, 483, false},
 		{"Max-Forwards is no number", func(m *sipwire.Message) { m.Set("Max-Forwards", "many") }, 400, false},
 		{"cut off", nil, 400, false},

@@ -81,6 +81,8 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 	option(&b, "  transport", o.MwTransport)
 	duration(&b, "  register_timeout", o.RegisterTimeout)
 	duration(&b, "  health_interval", o.HealthInterval)
+	// All IPv6 phones of a lab share one /64, which counts as one source.
+	b.WriteString("limits:\n  pending_per_source: 4096\n")
 	if o.RegAwaitAuth != 0 || o.LifetimeMargin != 0 || o.OldSet != 0 {
 		b.WriteString("timers:\n")
 		duration(&b, "  reg_await_auth", o.RegAwaitAuth)

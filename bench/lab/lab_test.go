@@ -163,6 +163,8 @@ mw:
   visited_network: ims.mnc001.mcc001.3gppnetwork.org
   register_timeout: 1.5s
   health_interval: 0s
+limits:
+  pending_per_source: 4096
 timers:
   old_set: 2s
 esp:

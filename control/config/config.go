@@ -223,7 +223,7 @@ func Default() *Config {
 			RegisterTimeout:          32 * time.Second,
 			HealthInterval:           5 * time.Second,
 		},
-		Limits:  Limits{PendingRegistrations: 20000, PendingPerSource: 16},
+		Limits:  Limits{PendingRegistrations: 20000, PendingPerSource: 32},
 		Timers:  Timers{RegAwaitAuth: 4 * time.Minute, LifetimeMargin: 30 * time.Second, OldSet: 128 * time.Second},
 		ESP:     ESP{Backend: BackendAuto, ReplayWindow: 256, TunMTU: 9000},
 		Metrics: Metrics{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},

@@ -651,6 +651,7 @@ func (w *Worker) challenged(tx *regTx) {
 		w.registerFailed(tx, code, phrase, err.Error(), why)
 		return
 	}
+	tx.unqueue() // from here on its set counts
 	w.boundPending()
 	server := secagree.Server{
 		SPIC: s.SPIs.PC, SPIS: s.SPIs.PS, PortC: s.Ports.PC, PortS: s.Ports.PS,
