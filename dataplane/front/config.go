@@ -31,16 +31,25 @@ type Config struct {
 	Listeners []Listener
 	Hidden    *hostnet.NS // namespace of hidden sockets; nil: that of the process
 
-	MaxMessage     int           // octets of one SIP message, default 65535
-	MaxConnections int           // TCP connections in both directions, default 20000; never more than descriptors allow
-	MaxOutbound    int           // octets waiting in one connection before it is reset, default 512 KiB
-	MaxBuffered    int           // octets of incomplete messages per worker, default 64 MiB
-	MaxQueue       int           // messages handed to one worker and not handled yet, default 8192
-	MaxDials       int           // connection attempts at a time, default 256; four times as many may wait
-	IdleTimeout    time.Duration // of a connection without traffic in either direction, default 1 h
-	PartialTimeout time.Duration // for the rest of a message whose beginning has come, default 32 s (64*T1)
-	DialTimeout    time.Duration // default 10 s
-	Tick           time.Duration // interval of Handler.Tick, default 10 ms
+	MaxMessage int // octets of one SIP message, default 65535
+
+	// MaxConnections is the number of TCP connections in both directions, default 20000; never more than descriptors
+	// allow. A quarter of it is the most that the unprotected side gets, where anybody may connect. Dials to Mw do not
+	// count against it, descriptors are the limit there.
+	MaxConnections int
+	MaxPerSource   int // connections of the unprotected side with one IPv4 address or IPv6 /64, default 64
+
+	MaxOutbound      int // octets waiting in one connection before it is reset, default 512 KiB
+	MaxOutboundTotal int // octets waiting in all connections of a worker, default 64 MiB
+	MaxBuffered      int // octets of buffers for incomplete messages per worker, default 64 MiB, at least 2*MaxMessage
+	MaxQueue         int // messages handed to one worker and not handled yet, default 8192
+	MaxDials         int // connection attempts at a time to Mw, and as many to Gm, default 256; four times as many may wait
+
+	IdleTimeout      time.Duration // of a connection without traffic in either direction, default 1 h
+	ClearIdleTimeout time.Duration // the same on the unprotected side, default 60 s or IdleTimeout if that is less
+	PartialTimeout   time.Duration // for the rest of a message whose beginning has come, default 32 s (64*T1)
+	DialTimeout      time.Duration // default 10 s
+	Tick             time.Duration // interval of Handler.Tick, default 10 ms
 
 	ReadBuffer  int  // SO_RCVBUF of UDP sockets in octets, default 4 MiB
 	WriteBuffer int  // SO_SNDBUF of UDP sockets in octets, default 4 MiB
@@ -54,11 +63,14 @@ type Config struct {
 const (
 	defaultMaxMessage     = 65535
 	defaultMaxConnections = 20000
+	defaultMaxPerSource   = 64 // phones behind one NAT
 	defaultMaxOutbound    = 512 << 10
+	defaultOutboundTotal  = 64 << 20
 	defaultMaxBuffered    = 64 << 20
 	defaultMaxQueue       = 8192
 	defaultMaxDials       = 256
 	defaultIdleTimeout    = time.Hour
+	defaultClearIdle      = time.Minute      // a registration is over by then
 	defaultPartialTimeout = 32 * time.Second // after Timer B and F of RFC 3261 §17 nobody waits any more
 	defaultDialTimeout    = 10 * time.Second
 	defaultTick           = 10 * time.Millisecond
@@ -71,6 +83,12 @@ const (
 	// reservedFDs are kept for everything that is not a connection: listeners, pollers, files, netlink. A connection
 	// takes two descriptors for a moment, while gnet duplicates it.
 	reservedFDs = 256
+
+	// coreReserve are descriptors that MaxConnections leaves to dials to Mw, unless there are very few.
+	coreReserve = 256
+
+	// clearShare is the part of MaxConnections that the unprotected side gets, as a divisor.
+	clearShare = 4
 )
 
 // populate fills in defaults.
@@ -88,13 +106,16 @@ func (c *Config) populate() {
 	def(&c.Workers, 1)
 	def(&c.MaxMessage, defaultMaxMessage)
 	def(&c.MaxConnections, defaultMaxConnections)
+	def(&c.MaxPerSource, defaultMaxPerSource)
 	def(&c.MaxOutbound, defaultMaxOutbound)
+	def(&c.MaxOutboundTotal, defaultOutboundTotal)
 	def(&c.MaxBuffered, defaultMaxBuffered)
 	def(&c.MaxQueue, defaultMaxQueue)
 	def(&c.MaxDials, defaultMaxDials)
 	def(&c.ReadBuffer, defaultSocketBuffer)
 	def(&c.WriteBuffer, defaultSocketBuffer)
 	defTime(&c.IdleTimeout, defaultIdleTimeout)
+	defTime(&c.ClearIdleTimeout, min(defaultClearIdle, c.IdleTimeout))
 	defTime(&c.PartialTimeout, defaultPartialTimeout)
 	defTime(&c.DialTimeout, defaultDialTimeout)
 	defTime(&c.Tick, defaultTick)
@@ -118,6 +139,7 @@ func (c *Config) validate() error {
 		n    int
 	}{
 		{"maximum connections", c.MaxConnections},
+		{"maximum connections per source", c.MaxPerSource},
 		{"maximum dials", c.MaxDials},
 		{"maximum queue", c.MaxQueue},
 		{"read buffer", c.ReadBuffer},
@@ -130,8 +152,11 @@ func (c *Config) validate() error {
 	if c.MaxOutbound < c.MaxMessage {
 		bad("maximum outbound %d is less than the maximum message size %d", c.MaxOutbound, c.MaxMessage)
 	}
-	if c.MaxBuffered < c.MaxMessage {
-		bad("maximum buffered %d is less than the maximum message size %d", c.MaxBuffered, c.MaxMessage)
+	if c.MaxOutboundTotal < c.MaxMessage {
+		bad("maximum outbound in total %d is less than the maximum message size %d", c.MaxOutboundTotal, c.MaxMessage)
+	}
+	if c.MaxBuffered < 2*c.MaxMessage { // buffers grow by doubling
+		bad("maximum buffered %d is less than twice the maximum message size %d", c.MaxBuffered, c.MaxMessage)
 	}
 	if c.TCPMaxSeg < 0 {
 		bad("maximum segment size %d is negative", c.TCPMaxSeg)
@@ -141,6 +166,7 @@ func (c *Config) validate() error {
 		d    time.Duration
 	}{
 		{"idle timeout", c.IdleTimeout},
+		{"idle timeout of the unprotected side", c.ClearIdleTimeout},
 		{"partial timeout", c.PartialTimeout},
 		{"dial timeout", c.DialTimeout},
 		{"tick", c.Tick},
@@ -177,16 +203,18 @@ func (c *Config) validateListener(i int, l Listener) error {
 	return nil
 }
 
-// clampConnections lowers the connection cap so that descriptors suffice: gnet ends an engine that runs out of them.
-func (c *Config) clampConnections() {
+// clampConnections lowers the connection cap so that descriptors suffice: gnet ends an engine that runs out of them. It
+// returns the number of connections for which there are descriptors, that is the cap and what is left for Mw.
+func (c *Config) clampConnections() (room int) {
 	var r syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
-		return
+		return c.MaxConnections + coreReserve
 	}
-	room := max(int(min(r.Cur, 1<<30))-reservedFDs, 1) //nolint:gosec // G115: bounded by the minimum
-	if c.MaxConnections > room {
+	room = max(int(min(r.Cur, 1<<30))-reservedFDs, 1) //nolint:gosec // G115: bounded by the minimum
+	if limit := max(room-min(coreReserve, room/2), 1); c.MaxConnections > limit {
 		c.Logger.Warn("connection limit lowered to what RLIMIT_NOFILE allows",
-			slog.Int("wanted", c.MaxConnections), slog.Int("limit", room))
-		c.MaxConnections = room
+			slog.Int("wanted", c.MaxConnections), slog.Int("limit", limit))
+		c.MaxConnections = limit
 	}
+	return room
 }

@@ -23,7 +23,7 @@ const (
 	// multiple of Config.MaxMessage. A message of that size, octet by octet, with a header of 1 KiB is just accepted.
 	maxRescan = 1024
 
-	partSize    = 8 << 10 // first size of the buffer for an incomplete message, and the largest that is kept for reuse
+	partSize    = 8 << 10 // least size of the buffer for an incomplete message, and the largest that is kept for reuse
 	maxFreeBufs = 256
 )
 
@@ -43,15 +43,20 @@ type conn struct {
 	closing bool        // to be closed when that returns
 	dead    bool        // gnet has closed it
 
-	part     []byte // incomplete message
-	searched int    // part of it known to have no end of header
-	header   int    // length of its header once that is complete, or 0
-	rescan   int    // octets scanned in vain since
+	small    [len("\r\n\r")]byte // what may be half a ping, so many connections may have it for long
+	part     []byte              // incomplete message, in small or in a buffer of its own
+	searched int                 // part of it known to have no end of header
+	header   int                 // length of its header once that is complete, or 0
+	rescan   int                 // octets scanned in vain since
+
+	ponged bool // in the current read event
+	out    int  // octets waiting to be sent, when last looked at
 
 	last  time.Time // of traffic
 	since time.Time // part is not empty
 	idle  link
 	parts link
+	waits link
 }
 
 // link and list are an intrusive doubly linked list, ordered by time since new elements go to the end.
@@ -88,8 +93,8 @@ func (n *link) remove() {
 	n.prev, n.next = nil, nil
 }
 
-// SendTCP sends a message on a connection. What the kernel does not take at once waits, up to Config.MaxOutbound; a peer
-// that lets it grow further is cut off: ErrOverflow. ErrNoConn says that the connection is gone or being closed.
+// SendTCP sends a message on a connection. What the kernel does not take at once waits, up to Config.MaxOutbound, and
+// Config.MaxOutboundTotal for all; a peer that lets it grow further is cut off: ErrOverflow. ErrNoConn says that the connection is gone or being closed.
 func (w *Worker) SendTCP(c ims.ConnID, msg []byte) error {
 	k := w.conns[c]
 	if k == nil || k.closing {
@@ -104,19 +109,56 @@ func (w *Worker) SendTCP(c ims.ConnID, msg []byte) error {
 
 func (w *Worker) write(c *conn, b []byte) error {
 	if c.gc.OutboundBuffered()+len(b) > w.f.cfg.MaxOutbound {
-		w.st.drops[DropOutbound]++
-		w.closeConn(c, true)
-		return ErrOverflow
+		return w.overflow(c)
 	}
 	if _, err := c.gc.Write(b); err != nil { // gnet has closed the connection and called OnClose
 		return ErrNoConn
+	}
+	// Only one whose octets have to wait is cut off: those whose peers read go on whatever others do.
+	if w.countOut(c); c.out > 0 && w.outbound > w.f.cfg.MaxOutboundTotal && w.recountOut() > w.f.cfg.MaxOutboundTotal {
+		return w.overflow(c)
 	}
 	w.st.sides[c.flow.Side].BytesOut += uint64(len(b))
 	w.touch(c)
 	return nil
 }
 
+func (w *Worker) overflow(c *conn) error {
+	w.st.drops[DropOutbound]++
+	w.closeConn(c, true)
+	return ErrOverflow
+}
+
+// countOut takes note of what waits to be sent on a connection.
+func (w *Worker) countOut(c *conn) {
+	n := c.gc.OutboundBuffered()
+	switch {
+	case n == 0:
+		c.waits.remove()
+	case c.out == 0:
+		w.waiting.toEnd(&c.waits, c)
+	}
+	w.outbound += n - c.out
+	c.out = n
+}
+
+// recountOut looks at all connections that may have something waiting: gnet sends without telling us. During an event
+// it does not, so once is enough.
+func (w *Worker) recountOut() int {
+	if w.counted.Equal(w.now) {
+		return w.outbound
+	}
+	w.counted = w.now
+	for n := w.waiting.root.next; n != nil && n != &w.waiting.root; {
+		c := n.c
+		n = n.next
+		w.countOut(c)
+	}
+	return w.outbound
+}
+
 // CloseConn closes a connection; Closed follows. With reset the peer gets a RST and what waits to be sent is thrown away.
+// A connection of the protected side always ends like that (see tuneTCP).
 func (w *Worker) CloseConn(c ims.ConnID, reset bool) {
 	if k := w.conns[c]; k != nil {
 		w.closeConn(k, reset)
@@ -147,6 +189,10 @@ func (w *Worker) closeAll() {
 
 func (w *Worker) touch(c *conn) {
 	c.last = w.now
+	if c.flow.Side == ims.GmClear {
+		w.clearIdle.toEnd(&c.idle, c)
+		return
+	}
 	w.idle.toEnd(&c.idle, c)
 }
 
@@ -196,36 +242,79 @@ func (w *Worker) gone(c *conn) {
 	c.dead = true
 	delete(w.conns, c.id)
 	c.idle.remove()
+	c.waits.remove()
+	w.outbound -= c.out
+	c.out = 0
 	if !c.busy {
 		w.dropPart(c)
 	}
 	w.st.Closed++
 	w.st.Connections--
-	w.f.conns.Add(-1)
+	w.f.release(c.flow)
 	w.closed = append(w.closed, c)
 }
 
 // dropPart gives the buffer of the incomplete message back.
 func (w *Worker) dropPart(c *conn) {
 	c.parts.remove()
-	w.buffered -= len(c.part)
+	w.setPart(c, nil)
+	c.searched, c.header, c.rescan = 0, 0, 0
+}
+
+// setPart replaces the buffer of the incomplete message.
+func (w *Worker) setPart(c *conn, part []byte) {
+	w.buffered += bufferSize(part) - bufferSize(c.part)
 	if cap(c.part) == partSize && len(w.free) < maxFreeBufs {
 		w.free = append(w.free, c.part[:0])
 	}
-	c.part = nil
-	c.searched, c.header, c.rescan = 0, 0, 0
+	c.part = part
+}
+
+// bufferSize returns what a connection's incomplete message takes besides the connection itself.
+func bufferSize(part []byte) int {
+	if cap(part) <= len(conn{}.small) {
+		return 0
+	}
+	return cap(part)
+}
+
+// extend appends to the incomplete message.
+func (w *Worker) extend(c *conn, b []byte) {
+	n := len(c.part) + len(b)
+	switch {
+	case n <= cap(c.part):
+		c.part = append(c.part, b...)
+	case n <= len(c.small):
+		w.setPart(c, append(append(c.small[:0], c.part...), b...))
+	default:
+		w.setPart(c, append(append(w.buffer(n), c.part...), b...))
+	}
+}
+
+// buffer returns an empty buffer for at least n octets. The size is a power of two, so the number of times that a message
+// is copied while it grows is small.
+func (w *Worker) buffer(n int) []byte {
+	size := partSize
+	for size < n {
+		size *= 2
+	}
+	if free := len(w.free); free > 0 && size == partSize {
+		b := w.free[free-1]
+		w.free = w.free[:free-1]
+		return b
+	}
+	return make([]byte, 0, size)
 }
 
 // stream handles octets read from a connection. gnet's own buffer for leftovers is not used: it has no limit.
 func (w *Worker) stream(c *conn, b []byte) gnet.Action {
-	c.busy = true
+	c.busy, c.ponged = true, false
 	w.touch(c)
 	w.st.sides[c.flow.Side].BytesIn += uint64(len(b))
 	if len(c.part) == 0 {
 		w.keep(c, w.frames(c, b))
 	} else {
-		c.part = append(c.part, b...)
-		w.buffered += len(b)
+		w.extend(c, b)
 		if w.worthFraming(c) {
 			w.advance(c, w.frames(c, c.part))
 		} else if c.parts.prev == nil {
@@ -252,8 +341,7 @@ func (w *Worker) frames(c *conn, b []byte) []byte {
 		case sipmsg.FrameMessage:
 			w.message(c.flow, b[:n:n])
 		case sipmsg.FramePing: // RFC 5626 §3.5.1
-			w.st.Pings++
-			_ = w.write(c, pong)
+			w.pong(c)
 		case sipmsg.FrameBlank:
 		case sipmsg.FrameBad:
 			w.refuse(c, b, err.Reason, DropFraming)
@@ -262,6 +350,17 @@ func (w *Worker) frames(c *conn, b []byte) []byte {
 		b = b[n:]
 	}
 	return nil
+}
+
+// pong answers pings: one for all that came together, which is enough to show that we are alive, and none to a peer that
+// does not read. Otherwise a stranger has us do a system call for every four octets.
+func (w *Worker) pong(c *conn) {
+	if c.ponged || c.gc.OutboundBuffered() > 0 {
+		return
+	}
+	c.ponged = true
+	w.st.Pings++
+	_ = w.write(c, pong)
 }
 
 // errPanic is the reason given when framing itself panics.
@@ -286,14 +385,7 @@ func (w *Worker) keep(c *conn, rest []byte) {
 	if len(rest) == 0 || c.dead || c.closing {
 		return
 	}
-	if n := len(w.free); n > 0 && len(rest) <= partSize {
-		c.part = w.free[n-1]
-		w.free = w.free[:n-1]
-	} else {
-		c.part = make([]byte, 0, max(partSize, len(rest)))
-	}
-	c.part = append(c.part, rest...)
-	w.buffered += len(rest)
+	w.extend(c, rest)
 	w.incomplete(c)
 }
 
@@ -313,9 +405,11 @@ func (w *Worker) advance(c *conn, rest []byte) {
 		}
 		return
 	}
-	n := copy(c.part, rest)
-	w.buffered -= len(c.part) - n
-	c.part = c.part[:n]
+	if len(rest) <= len(c.small) {
+		w.setPart(c, append(c.small[:0], rest...))
+	} else {
+		c.part = c.part[:copy(c.part, rest)]
+	}
 	c.searched, c.header, c.rescan = 0, 0, 0
 	w.incomplete(c)
 }
@@ -357,7 +451,12 @@ func (w *Worker) expire() {
 		c.parts.remove()
 		w.refuse(c, c.part, "incomplete", DropPartial)
 	}
-	for c := w.idle.front(); c != nil && w.now.Sub(c.last) >= w.f.cfg.IdleTimeout; c = w.idle.front() {
+	w.expireIdle(&w.idle, w.f.cfg.IdleTimeout)
+	w.expireIdle(&w.clearIdle, w.f.cfg.ClearIdleTimeout)
+}
+
+func (w *Worker) expireIdle(l *list, timeout time.Duration) {
+	for c := l.front(); c != nil && w.now.Sub(c.last) >= timeout; c = l.front() {
 		c.idle.remove()
 		w.st.drops[DropIdle]++
 		w.closeConn(c, false)

@@ -16,8 +16,10 @@
 //   - SendUDP copies. Queued datagrams leave by sendmmsg when the current event ends, or when a batch is full, in order
 //     for each listener.
 //   - Whatever a peer sends, and whatever panics in a handler, the loop goes on: the message is dropped and counted.
-//   - Nothing grows without bound: messages, partial messages, output per connection, connections, queues and dials
-//     have limits.
+//   - Nothing grows without bound: messages, partial messages, output per connection and in total, connections, queues and
+//     dials have limits. What strangers can use up, connections of the unprotected side and dials to phones, is limited
+//     apart from what the core needs.
+//   - A connection of the protected side ends with a reset, whoever ends it, so that nothing is sent without its SAs.
 //
 // # Sockets
 //

@@ -30,7 +30,8 @@ type Front struct {
 	workers []*Worker
 	engines []*events
 	tcp     []tcpListener
-	dials   dialer
+	dials   [2]dialer // to Mw and to Gm: phones that do not answer must not delay dials to the core
+	room    int       // connections for which there are descriptors
 
 	ctx        context.Context // ends when Close begins
 	cancel     context.CancelFunc
@@ -43,6 +44,7 @@ type Front struct {
 	closeErr   error
 
 	conns        atomic.Int64 // connections, and reservations for them
+	clear        sources      // those of the unprotected side
 	acceptErrors atomic.Uint64
 	dialErrors   atomic.Uint64
 	drops        [numDrops]atomic.Uint64 // those that no worker counts
@@ -63,8 +65,8 @@ func New(cfg Config, handlers []Handler) (*Front, error) {
 	if len(handlers) != cfg.Workers {
 		return nil, fmt.Errorf("configure front: %d handlers for %d workers", len(handlers), cfg.Workers)
 	}
-	cfg.clampConnections()
-	f := &Front{cfg: cfg, log: cfg.Logger, done: make(chan struct{}), closed: make(chan struct{})}
+	room := cfg.clampConnections()
+	f := &Front{cfg: cfg, room: room, log: cfg.Logger, done: make(chan struct{}), closed: make(chan struct{})}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	if err := f.start(handlers); err != nil {
 		f.shutdown()
@@ -279,6 +281,21 @@ func (w *Worker) failure() error {
 
 var errEngine = errors.New("see the log for the cause")
 
+// awaitEnd waits for the end of a loop that has been told to end, and tells it again: the ticker, which makes good for a
+// ring that has failed, is gone by now.
+func (w *Worker) awaitEnd() {
+	t := time.NewTicker(w.f.cfg.Tick)
+	defer t.Stop()
+	for {
+		select {
+		case <-w.ended:
+			return
+		case <-t.C:
+			w.inbox.finish()
+		}
+	}
+}
+
 func (f *Front) engineEnded() { f.doneOnce.Do(func() { close(f.done) }) }
 
 // tickLoop makes ticks due. A loop that is behind gets one, not many.
@@ -356,8 +373,10 @@ func (f *Front) Close(ctx context.Context) error {
 func (f *Front) shutdown() {
 	f.closeOnce.Do(func() {}) // start has failed: nobody else calls this
 	f.cancel()
-	f.dials.mu.Lock()   // a dial that came before is in background by now, a later one is refused
-	f.dials.mu.Unlock() //nolint:staticcheck // SA2001: a barrier
+	for i := range f.dials {
+		f.dials[i].mu.Lock()   // a dial that came before is in background by now, a later one is refused
+		f.dials[i].mu.Unlock() //nolint:staticcheck // SA2001: a barrier
+	}
 	for _, t := range f.tcp {
 		_ = t.ln.Close()
 	}
@@ -369,7 +388,7 @@ func (f *Front) shutdown() {
 	}
 	for _, e := range f.engines {
 		if e.w.engine != (gnet.Engine{}) {
-			<-e.w.ended
+			e.w.awaitEnd()
 			f.closeErr = errors.Join(f.closeErr, e.w.engineErr)
 		}
 		for i := range e.swaps {

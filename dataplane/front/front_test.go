@@ -32,7 +32,10 @@ func TestConfig(t *testing.T) {
 		{"message", Config{MaxMessage: 100}, "maximum message size 100"},
 		{"message too large", Config{MaxMessage: 70000}, "maximum message size 70000"},
 		{"outbound", Config{MaxOutbound: 100}, "maximum outbound"},
-		{"buffered", Config{MaxBuffered: 100}, "maximum buffered"},
+		{"buffered", Config{MaxBuffered: 100000}, "maximum buffered"},
+		{"outbound in total", Config{MaxOutboundTotal: 100}, "maximum outbound in total"},
+		{"per source", Config{MaxPerSource: -1}, "maximum connections per source"},
+		{"clear idle", Config{ClearIdleTimeout: -1}, "idle timeout of the unprotected side"},
 		{"negative", Config{MaxQueue: -1}, "maximum queue"},
 		{"segment", Config{TCPMaxSeg: -1}, "segment"},
 		{"tick", Config{Tick: -1}, "tick"},
@@ -416,6 +419,56 @@ func TestQueueLimits(t *testing.T) {
 		mustEqual(t, "worker", expect(t, events, "message").worker, 1)
 	}
 	eventually(t, "counters", func() bool { s := f.Stats(); return s.Dropped(DropQueueFull) == 5 })
+}
+
+// TestBell: a ring that fails is made good for by the next push, or by a tick even if one is due already.
+func TestBell(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		ring func(q *inbox) error
+	}{
+		{"push", func(q *inbox) error { return q.push(task{run: func() {}}, false) }},
+		{"tick", func(q *inbox) error { q.markTick(); return nil }},
+		{"finish", func(q *inbox) error { q.finish(); return nil }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			bell, watch, err := newDoorbell()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer closeAll([]int{bell, watch})
+			rings := func() (n int) {
+				for b := make([]byte, 1); n < 10; n++ {
+					if _, err := unix.Read(watch, b); err != nil {
+						break
+					}
+				}
+				return n
+			}
+			q := inbox{limit: 10, bell: -1} // every write fails, as it does for lack of memory
+			if err := q.push(task{run: func() {}}, false); err != nil {
+				t.Fatal(err)
+			}
+			q.markTick()
+			q.bell = bell
+			for range 2 {
+				if err := tt.ring(&q); err != nil {
+					t.Fatal(err)
+				}
+			}
+			mustEqual(t, "rings", rings(), 1)
+			tasks, tick, _ := q.take()
+			if len(tasks) == 0 || !tick {
+				t.Errorf("%d tasks, tick %v", len(tasks), tick)
+			}
+			for err == nil { // until the socket buffer is full, which means that somebody has rung
+				_, err = unix.Write(bell, []byte{0})
+			}
+			mustEqual(t, "error", err, error(unix.EAGAIN))
+			q.ringLocked()
+			mustEqual(t, "rung", q.rung, true)
+		})
+	}
 }
 
 // TestClose ends everything, in the middle of traffic, and refuses what comes later.

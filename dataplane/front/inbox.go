@@ -1,6 +1,7 @@
 package front
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -80,11 +81,11 @@ func (q *inbox) push(t task, must bool) error {
 	return nil
 }
 
-// markTick makes a tick due, unless one is already.
+// markTick makes a tick due. It rings even if one is due already: an earlier ring may have failed.
 func (q *inbox) markTick() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if !q.tick && !q.closed {
+	if !q.closed {
 		q.tick = true
 		q.ringLocked()
 	}
@@ -102,9 +103,10 @@ func (q *inbox) ringLocked() {
 	if q.rung || q.shut {
 		return
 	}
-	q.rung = true
-	// A full socket buffer would mean that a ring is outstanding, so an error changes nothing.
-	_, _ = unix.Write(q.bell, []byte{0})
+	// A full socket buffer means that a ring is outstanding. After any other error, lack of memory say, the next caller
+	// rings, which is the ticker at the latest.
+	_, err := unix.Write(q.bell, []byte{0})
+	q.rung = err == nil || errors.Is(err, unix.EAGAIN)
 }
 
 // take returns what is to be done. The tasks are valid until the next call.

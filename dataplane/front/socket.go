@@ -259,7 +259,13 @@ func tuneTCP(c *net.TCPConn, side ims.Side) error {
 	if !isGm(side) {
 		ka = net.KeepAliveConfig{Enable: true, Idle: coreKeepAlive, Interval: coreKeepAlive / 4, Count: 4}
 	}
-	if err := errors.Join(c.SetNoDelay(true), c.SetKeepAliveConfig(ka)); err != nil {
+	err := errors.Join(c.SetNoDelay(true), c.SetKeepAliveConfig(ka))
+	if side == ims.GmProtected {
+		// However it ends, even with the process: a closed socket must not go on sending what is not acknowledged, since
+		// that would leave in clear once the SAs and their policies are gone (TS 33.203 §7).
+		err = errors.Join(err, c.SetLinger(0))
+	}
+	if err != nil {
 		return fmt.Errorf("set options of connection: %w", err)
 	}
 	return nil

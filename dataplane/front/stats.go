@@ -31,9 +31,9 @@ const (
 	DropFraming         // connection closed because its stream is no SIP
 	DropPartial         // connection closed because the rest of a message did not come, or in too many pieces
 	DropBuffered        // connection closed because incomplete messages take too much memory
-	DropOutbound        // connection reset because the peer does not read
+	DropOutbound        // connection reset because the peer does not read, or because too many do not
 	DropIdle            // connection closed because it was idle
-	DropConnectionLimit // connection refused: too many
+	DropConnectionLimit // connection refused: too many, on the unprotected side, or from one source
 	DropZone            // connection refused: peer with a link-local address
 	DropRegister        // connection lost because the event loop could not take it
 
@@ -109,7 +109,7 @@ type Stats struct {
 	ReadBatches uint64 // recvmmsg calls
 	SendBatches uint64 // sendmmsg calls
 	Handovers   uint64 // messages taken over from another worker
-	Pings       uint64 // CRLF CRLF answered on connections
+	Pings       uint64 // CRLF CRLF answered on connections, those that came together count as one
 	Panics      uint64 // panics recovered in handlers
 
 	Accepted     uint64 // connections from peers

@@ -66,18 +66,20 @@ func (f *Front) accepted(c *net.TCPConn, l Listener) {
 		// into it.
 		f.drop(c, DropZone)
 		return
-	case !f.reserve():
+	}
+	peer := addrPortOf(remote)
+	flow := ims.Flow{Local: l.Addr, Remote: peer, Transport: ims.TCP, Side: l.Side}
+	if !f.reserve(flow, f.cfg.MaxConnections) {
 		f.drop(c, DropConnectionLimit)
 		return
 	}
-	peer := addrPortOf(remote)
 	w := l.Worker
 	if w < 0 {
 		w = Owner(peer.Addr(), len(f.workers))
 	}
-	k := &conn{w: f.workers[w], flow: ims.Flow{Local: l.Addr, Remote: peer, Transport: ims.TCP, Side: l.Side}}
+	k := &conn{w: f.workers[w], flow: flow}
 	if err := tuneTCP(c, l.Side); err != nil { // the peer is gone already
-		f.conns.Add(-1)
+		f.release(flow)
 		_ = c.Close()
 		return
 	}
@@ -95,13 +97,69 @@ func (f *Front) drop(c *net.TCPConn, d Drop) {
 	_ = c.Close()
 }
 
-// reserve counts a connection if there is room for it.
-func (f *Front) reserve() bool {
-	if f.conns.Add(1) > int64(f.cfg.MaxConnections) {
+// reserve counts a connection if there is room for it. release is the reverse.
+func (f *Front) reserve(flow ims.Flow, limit int) bool {
+	if f.conns.Add(1) > int64(limit) {
+		f.conns.Add(-1)
+		return false
+	}
+	if flow.Side == ims.GmClear &&
+		!f.clear.add(flow.Remote.Addr(), max(f.cfg.MaxConnections/clearShare, 1), f.cfg.MaxPerSource) {
 		f.conns.Add(-1)
 		return false
 	}
 	return true
+}
+
+func (f *Front) release(flow ims.Flow) {
+	f.conns.Add(-1)
+	if flow.Side == ims.GmClear {
+		f.clear.remove(flow.Remote.Addr())
+	}
+}
+
+// sources counts connections by source, which is who can be told apart: an IPv4 address or an IPv6 /64, the least that
+// one subscriber has. It has as many entries as there are connections at most.
+type sources struct {
+	mu    sync.Mutex
+	total int
+	count map[netip.Prefix]int
+}
+
+// sourceOf returns the source of an address.
+func sourceOf(a netip.Addr) netip.Prefix {
+	bits := 32
+	if a = a.Unmap(); a.Is6() {
+		bits = 64
+	}
+	p, _ := a.Prefix(bits) // no error: the length suits the family
+	return p
+}
+
+// add counts a connection unless there are as many as the limits allow.
+func (s *sources) add(a netip.Addr, total, perSource int) bool {
+	p := sourceOf(a)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.total >= total || s.count[p] >= perSource {
+		return false
+	}
+	if s.count == nil {
+		s.count = make(map[netip.Prefix]int)
+	}
+	s.total++
+	s.count[p]++
+	return true
+}
+
+func (s *sources) remove(a netip.Addr) {
+	p := sourceOf(a)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.total--
+	if s.count[p]--; s.count[p] <= 0 {
+		delete(s.count, p)
+	}
 }
 
 // register gives a connection to the worker's event loop and returns after OnOpen. It owns c, and the reservation.
@@ -120,7 +178,7 @@ func (f *Front) register(c *net.TCPConn, k *conn) error {
 	if k.opened.Load() {
 		return nil // gone gives the reservation back
 	}
-	f.conns.Add(-1)
+	f.release(k.flow)
 	f.drops[DropRegister].Add(1)
 	if err == nil {
 		err = errors.New("event loop did not take the connection")
@@ -136,7 +194,7 @@ type dial struct {
 	hidden bool
 }
 
-// dialer runs dials in a bounded set of goroutines, which end when nothing is left to do.
+// dialer runs the dials of one kind in a bounded set of goroutines, which end when nothing is left to do.
 type dialer struct {
 	mu      sync.Mutex
 	pending []dial
@@ -155,8 +213,16 @@ func (w *Worker) Dial(local, remote netip.AddrPort, side ims.Side, hidden bool, 
 	}
 }
 
+// dialer returns the queue for a side.
+func (f *Front) dialer(side ims.Side) *dialer {
+	if isGm(side) {
+		return &f.dials[1]
+	}
+	return &f.dials[0]
+}
+
 func (f *Front) startDial(d dial) error {
-	q := &f.dials
+	q := f.dialer(d.flow.Side)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {
@@ -166,7 +232,7 @@ func (f *Front) startDial(d dial) error {
 		return ErrSide
 	case q.running < f.cfg.MaxDials:
 		q.running++
-		f.background.Go(func() { f.runDials(d) })
+		f.background.Go(func() { f.runDials(q, d) })
 		return nil
 	case len(q.pending) >= 4*f.cfg.MaxDials:
 		return ErrBusy
@@ -175,16 +241,15 @@ func (f *Front) startDial(d dial) error {
 	return nil
 }
 
-func (f *Front) runDials(d dial) {
-	for more := true; more; d, more = f.nextDial() {
+func (f *Front) runDials(q *dialer, d dial) {
+	for more := true; more; d, more = q.next() {
 		if err := f.dial(d); err != nil {
 			f.dialFailed(d, err)
 		}
 	}
 }
 
-func (f *Front) nextDial() (d dial, ok bool) {
-	q := &f.dials
+func (q *dialer) next() (d dial, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if len(q.pending) == 0 {
@@ -212,12 +277,16 @@ func (f *Front) dial(d dial) error {
 	if f.ctx.Err() != nil {
 		return ErrClosed
 	}
-	if !f.reserve() {
+	limit := f.cfg.MaxConnections
+	if d.flow.Side == ims.Mw {
+		limit = f.room // whoever connects to us must not keep us from the core
+	}
+	if !f.reserve(d.flow, limit) {
 		return fmt.Errorf("connect to %s: %w", remote, ErrTooMany)
 	}
 	c, err := f.connect(d)
 	if err != nil {
-		f.conns.Add(-1)
+		f.release(d.flow)
 		return fmt.Errorf("connect to %s: %w", remote, err)
 	}
 	k := &conn{w: d.w, flow: d.flow, dialed: true, tag: d.tag}

@@ -85,13 +85,17 @@ type Worker struct {
 	used    int
 	dirty   []*udpSocket // those with something to send
 
-	conns    map[ims.ConnID]*conn
-	lastID   ims.ConnID
-	idle     list    // all connections, the longest idle one first
-	partial  list    // those with an incomplete message, oldest first
-	buffered int     // octets of incomplete messages
-	closed   []*conn // gone, and the handler not told yet
-	free     [][]byte
+	conns     map[ims.ConnID]*conn
+	lastID    ims.ConnID
+	idle      list      // connections but those of the unprotected side, the longest idle one first
+	clearIdle list      // those
+	partial   list      // those with an incomplete message, oldest first
+	buffered  int       // octets of buffers for incomplete messages
+	waiting   list      // connections that had octets waiting to be sent when last looked at
+	outbound  int       // sum of those
+	counted   time.Time // event in which all of them were looked at
+	closed    []*conn   // gone, and the handler not told yet
+	free      [][]byte
 
 	now       time.Time
 	depth     int // nesting of gnet's callbacks: some of our calls into gnet call back
