@@ -47,13 +47,27 @@ func variants(k EventKind) []Event {
 		return []Event{{}, {HasExpires: true, Expires: 4200}, {HasExpires: true}, {HasExpires: true, Expires: 1}, {HasExpires: true, Expires: 1<<32 - 1}}
 	case Refused:
 		return []Event{
-			{Status: 302}, {Status: 403}, {Status: 404}, {Status: 408}, {Status: 423, MinExpires: 700000}, {Status: 423},
-			{Status: 480, RetryAfter: 30}, {Status: 481}, {Status: 489}, {Status: 500}, {Status: 503, RetryAfter: 1<<32 - 1}, {Status: 603},
+			{Status: 302},
+			{Status: 403},
+			{Status: 404},
+			{Status: 408},
+			{Status: 423, MinExpires: 700000},
+			{Status: 423},
+			{Status: 480, RetryAfter: 30},
+			{Status: 481},
+			{Status: 489},
+			{Status: 500},
+			{Status: 503, RetryAfter: 1<<32 - 1},
+			{Status: 603},
 		}
 	case NotifyActive:
 		return []Event{
-			{Body: Document, HasExpires: true, Expires: 4200}, {Body: NoBody}, {Body: Malformed}, {Body: Unsupported},
-			{Body: Document, HasExpires: true}, {Body: Document, HasExpires: true, Expires: 7},
+			{Body: Document, HasExpires: true, Expires: 4200},
+			{Body: NoBody},
+			{Body: Malformed},
+			{Body: Unsupported},
+			{Body: Document, HasExpires: true},
+			{Body: Document, HasExpires: true, Expires: 7},
 		}
 	case NotifyPending:
 		return []Event{{}, {Body: Document}, {Body: Malformed, HasExpires: true, Expires: 4200}}
@@ -634,12 +648,18 @@ func TestLasting(t *testing.T) {
 
 func TestStrings(t *testing.T) {
 	for _, tt := range []struct{ got, want string }{
-		{Refreshing.String(), "refreshing"}, {State(0).String(), "State(0)"},
-		{NotifyOverdue.String(), "notify_overdue"}, {EventKind(99).String(), "EventKind(99)"},
-		{GiveUp.String(), "giveup"}, {Reason(0).String(), "Reason(0)"},
-		{TimerNotify.String(), "notify"}, {Timer(9).String(), "Timer(9)"},
-		{Unexpected.String(), "unexpected"}, {ActionKind(0).String(), "ActionKind(0)"},
-		{LossGivenUp.String(), "given_up"}, {Loss(0).String(), "Loss(0)"},
+		{Refreshing.String(), "refreshing"},
+		{State(0).String(), "State(0)"},
+		{NotifyOverdue.String(), "notify_overdue"},
+		{EventKind(99).String(), "EventKind(99)"},
+		{GiveUp.String(), "giveup"},
+		{Reason(0).String(), "Reason(0)"},
+		{TimerNotify.String(), "notify"},
+		{Timer(9).String(), "Timer(9)"},
+		{Unexpected.String(), "unexpected"},
+		{ActionKind(0).String(), "ActionKind(0)"},
+		{LossGivenUp.String(), "given_up"},
+		{Loss(0).String(), "Loss(0)"},
 	} {
 		if tt.got != tt.want {
 			t.Errorf("%q, want %q", tt.got, tt.want)

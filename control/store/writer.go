@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -447,8 +448,8 @@ func (w *Writer) finish(flights []flight) {
 func (w *Writer) giveBack(flights []flight, err error, retryAt time.Time) (pending int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for i := len(flights) - 1; i >= 0; i-- {
-		f := flights[i]
+	for _, f := range slices.Backward(flights) {
+
 		e, change := f.e, f.change
 		if now := w.entries[e.key]; now != e {
 			// A mark whose set was deleted meanwhile, or one that came after it.

@@ -3,6 +3,7 @@ package xfrm
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -27,8 +28,17 @@ const (
 	maxSets = maxBatch / 4 // SA sets in one system call
 )
 
-// Errors of the requests, beside those of the kernel (see KernelError).
+// blockAfterClose is how long the protected ports stay blocked after Close. A closed TCP connection with unsent data
+// goes on in the kernel without its process, and would send that data in clear once no policy says otherwise. By default
+// Linux gives up such an orphan after 8 retries: at most about 100 s after the first retransmission, 190 s when the
+// peer's window is closed and the round trip slow. A larger net.ipv4.tcp_orphan_retries than the default outlives this.
+const blockAfterClose = 200 * time.Second
+
+// Errors of New and of the requests, beside those of the kernel (see KernelError).
 var (
+	// ErrInUse is the error of New when another Backend, of this or another process, has the namespace and reqid.
+	ErrInUse = errors.New("another gmgate uses this namespace")
+
 	ErrClosed    = errors.New("XFRM backend is closed")
 	ErrBusy      = errors.New("too many SA requests are waiting")
 	ErrDuplicate = errors.New("SA set is already installed")
@@ -46,6 +56,8 @@ type Config struct {
 	Window      int          // replay window in packets, at most 4096; 0 means DefaultWindow
 	Queue       int          // requests that may wait; 0 means DefaultQueue
 	Logger      *slog.Logger // nil discards
+
+	block time.Duration // 0 means blockAfterClose; tests have no time for it
 }
 
 // Backend installs SA sets into the kernel. Create one with New.
@@ -55,6 +67,7 @@ type Backend struct {
 	window  int
 	log     *slog.Logger
 	support Support
+	lock    io.Closer // keeps other backends out of the namespace
 
 	installed atomic.Int64 // SAs
 	wake      chan struct{}
@@ -104,14 +117,25 @@ type request struct {
 	err          error
 }
 
-// New probes the kernel, removes SAs that an earlier run left behind, and puts the constant policies in place: from
-// now on nothing passes a protected port in clear. If the kernel cannot do it the error wraps ErrNoXFRM, ErrNoESP,
-// ErrNoAlgorithm or ErrPermission, and nothing is left in the kernel.
-func New(cfg Config) (*Backend, error) {
-	return newBackend(cfg, func() (socket, error) { return openSocket(cfg.NS) })
+// New locks the namespace, probes the kernel, removes SAs that an earlier run left behind, and puts the constant policies
+// in place: from now on nothing passes a protected port in clear. If another Backend is there the error wraps ErrInUse,
+// and if the kernel cannot do it ErrNoXFRM, ErrNoESP, ErrNoAlgorithm or ErrPermission; the kernel is then as it was. Only
+// a failure among the policies themselves leaves what Close leaves.
+func New(cfg Config) (*Backend, error) { return newBackend(cfg, namespace{cfg.NS}) }
+
+// host is where a Backend works; tests put a kernel of their own behind it.
+type host interface {
+	lock(reqid int) (io.Closer, error)
+	open() (socket, error)
 }
 
-func newBackend(cfg Config, open func() (socket, error)) (*Backend, error) {
+// namespace is a network namespace of the real kernel, the process's if ns is nil.
+type namespace struct{ ns *hostnet.NS }
+
+func (n namespace) open() (socket, error)             { return openSocket(n.ns) }
+func (n namespace) lock(reqid int) (io.Closer, error) { return openLock(n.ns, reqid) }
+
+func newBackend(cfg Config, h host) (*Backend, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
@@ -119,13 +143,17 @@ func newBackend(cfg Config, open func() (socket, error)) (*Backend, error) {
 		cfg: cfg, reqid: uint32(cfg.ReqID), window: cfg.Window, log: cfg.Logger, //nolint:gosec // checked by complete
 		wake: make(chan struct{}, 1), stopped: make(chan struct{}), sets: make(map[uint64]set),
 	}
-	sock, err := open()
-	if err != nil {
+	var err error
+	if b.lock, err = h.lock(cfg.ReqID); err != nil {
 		return nil, classify(err)
 	}
+	sock, err := h.open()
+	if err != nil {
+		return nil, errors.Join(classify(err), b.lock.Close())
+	}
 	b.conn = newConn(sock)
-	if sock, err = open(); err != nil {
-		return nil, errors.Join(classify(err), b.conn.sock.close())
+	if sock, err = h.open(); err != nil {
+		return nil, errors.Join(classify(err), b.conn.sock.close(), b.lock.Close())
 	}
 	b.query = newConn(sock)
 	if err := b.start(); err != nil {
@@ -148,6 +176,9 @@ func (c *Config) complete() error {
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.block == 0 {
+		c.block = blockAfterClose
 	}
 	c.Local, c.ServerPorts, c.ClientPorts = slices.Clone(c.Local), slices.Clone(c.ServerPorts), slices.Clone(c.ClientPorts)
 	var errs []error
@@ -210,8 +241,8 @@ func (b *Backend) start() error {
 	ports := slices.Concat(b.cfg.ServerPorts, b.cfg.ClientPorts)
 	slices.Sort(ports)
 	b.policies = constantPolicies(b.cfg.Local, slices.Compact(ports), b.reqid)
-	if err := protect(b.conn, b.policies, b.reqid, b.log); err != nil {
-		return errors.Join(err, b.unprotect())
+	if err := protect(b.conn, b.policies, b.reqid, b.cfg.block, b.log); err != nil {
+		return errors.Join(err, retire(b.conn, b.policies, b.cfg.block))
 	}
 	warnFacts(b.cfg.NS, ports, b.log)
 	return nil
@@ -220,19 +251,11 @@ func (b *Backend) start() error {
 // owned reports whether a state carries our mark.
 func (b *Backend) owned(h stateHead) bool { return h.esp && h.reqid == b.reqid }
 
-// unprotect removes the constant policies.
-func (b *Backend) unprotect() error {
-	ids := make([]policyID, len(b.policies))
-	for i := range ids {
-		ids[i] = b.policies[i].policyID
-	}
-	return unprotect(b.conn, ids)
-}
-
+// closeSockets gives up the netlink sockets and then, as the very last thing, the namespace.
 func (b *Backend) closeSockets() error {
 	b.queryMu.Lock()
 	defer b.queryMu.Unlock()
-	return errors.Join(b.conn.sock.close(), b.query.sock.close())
+	return errors.Join(b.conn.sock.close(), b.query.sock.close(), b.lock.Close())
 }
 
 // Support returns what the probe of New found.
@@ -311,9 +334,10 @@ func (b *Backend) count(f func(*conn) (int, error)) (int, error) {
 // XfrmInTmplMismatch for clear packets to a protected port.
 func (b *Backend) Statistics() (map[string]uint64, error) { return statistics(b.cfg.NS) }
 
-// Close implements sa.Installer: requests still waiting fail, then our SAs go, then our policies. Sockets of the
-// protected ports should be closed before, because nothing refuses clear packets to them afterwards. A done callback
-// must not call Close.
+// Close implements sa.Installer: requests still waiting fail, our policies become block policies, and our SAs go. The
+// kernel removes the block policies by itself after 200 s, until when it drops whatever is sent from or to a protected
+// port; a New before that turns them back. Sockets of the protected ports should be closed before Close, because
+// nothing refuses clear packets to them after that time. A done callback must not call Close.
 func (b *Backend) Close() error {
 	b.mu.Lock()
 	again := b.closed
@@ -326,8 +350,11 @@ func (b *Backend) Close() error {
 		return nil
 	}
 
+	// The policies first, each in one step from demanding ESP to dropping: there is no moment without one, and where this
+	// fails the template stays, which drops as well once its states are gone.
+	err := retire(b.conn, b.policies, b.cfg.block)
 	// By reqid rather than from our books: this also catches what a failed removal left.
-	_, err := b.conn.sweep(b.owned)
+	_, e := b.conn.sweep(b.owned)
 	b.installed.Store(0)
-	return errors.Join(err, b.unprotect(), b.closeSockets())
+	return errors.Join(err, e, b.closeSockets())
 }

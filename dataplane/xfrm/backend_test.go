@@ -41,7 +41,9 @@ func TestConfigRefused(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			cfg := testConfig()
 			tc.change(&cfg)
-			_, err := newBackend(cfg, func() (socket, error) { t.Fatal("socket opened"); return nil, nil })
+			k := newFakeKernel()
+			k.locked = true // whoever gets that far fails with ErrInUse
+			_, err := newBackend(cfg, k)
 			if err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("got %v, want something about %q", err, tc.want)
 			}
@@ -258,7 +260,7 @@ func TestClose(t *testing.T) {
 	k := newFakeKernel()
 	foreign := stateID{gm4, 0x999}
 	k.states[foreign] = stateHead{id: foreign, reqid: 7, esp: true}
-	b, err := newBackend(testConfig(), k.open)
+	b, err := newBackend(testConfig(), k)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -296,8 +298,15 @@ func TestClose(t *testing.T) {
 	if err := errors.Join(<-removed, <-closed, b.Close()); err != nil {
 		t.Error(err)
 	}
-	if s, n := k.count(); s != 1 || n != 0 || b.Count() != 0 {
+	if s, n := k.count(); s != 1 || n != policiesOf || b.Count() != 0 {
 		t.Errorf("after Close: %d states, %d policies, Count %d", s, n, b.Count())
+	}
+	if n := k.retired(); n != policiesOf {
+		t.Errorf("after Close: %d policies block and expire, want %d", n, policiesOf)
+	}
+	// The policies before the states: what is on its way out is blocked rather than looking for its state.
+	if last := k.sends[len(k.sends)-1]; last[0] != nl.XFRM_MSG_DELSA {
+		t.Errorf("the last messages of Close are of type %d, want the removal of states", last[0])
 	}
 	if err := install(t, b, p); !errors.Is(err, ErrClosed) {
 		t.Errorf("Install after Close: %v", err)
@@ -318,7 +327,7 @@ func TestLeftovers(t *testing.T) {
 
 	cfg := testConfig()
 	cfg.ServerPorts = []uint16{serverPS, 6999} // the earlier run had one more
-	crashed, err := newBackend(cfg, k.open)
+	crashed, err := newBackend(cfg, k)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -336,18 +345,86 @@ func TestLeftovers(t *testing.T) {
 	var text strings.Builder
 	cfg = testConfig()
 	cfg.Logger = slog.New(slog.NewTextHandler(&text, nil))
-	newFake(t, k, cfg)
-	if s, p := k.count(); s != 1 || p != policiesOf+1 {
-		t.Errorf("%d states and %d policies, want 1 and %d", s, p, policiesOf+1)
+	b := newFake(t, k, cfg)
+	verify := func() {
+		t.Helper()
+		if s, p := k.count(); s != 1 || p != policiesOf+6+1 {
+			t.Errorf("%d states and %d policies, want 1 and %d", s, p, policiesOf+6+1)
+		}
+		if n := k.retired(); n != 6 {
+			t.Errorf("%d policies block and expire, want those of the port that is no longer configured", n)
+		}
 	}
-	for _, want := range []string{`"removed SAs of an earlier run" count=4`, "adopted=18 removed=6"} {
+	verify()
+	for _, want := range []string{
+		`"removed SAs of an earlier run" count=4`, fmt.Sprintf(`"took over policies of an earlier run" count=%d`, policiesOf),
+		"stay blocked for a while\" policies=6 at_most=3m20s",
+	} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("log lacks %q:\n%s", want, &text)
 		}
 	}
+
+	// After a proper stop all block, and those that are still configured demand ESP again.
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := k.retired(); n != policiesOf+6 {
+		t.Errorf("after Close %d policies block and expire, want %d", n, policiesOf+6)
+	}
+	newFake(t, k, cfg)
+	verify()
 }
 
-// TestNewCleansUp: a failure half way through leaves no policies behind.
+// TestInUse: a second backend touches nothing, and gets its turn when the first has ended.
+func TestInUse(t *testing.T) {
+	k := newFakeKernel()
+	b := newFake(t, k, testConfig())
+	if err := install(t, b, testSet(0, false, gcm)); err != nil {
+		t.Fatal(err)
+	}
+	sends := len(k.sends)
+	if _, err := newBackend(testConfig(), k); !errors.Is(err, ErrInUse) {
+		t.Errorf("second backend: %v, want ErrInUse", err)
+	}
+	if len(k.sends) != sends || len(k.states) != 4 {
+		t.Errorf("the second backend sent %v", k.sends[sends:])
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	newFake(t, k, testConfig())
+}
+
+// TestNewUnlocks: whatever makes New fail, the lock is free afterwards, and released last.
+func TestNewUnlocks(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		spoil func(*fakeKernel)
+		want  error
+	}{
+		{"no socket", func(k *fakeKernel) { k.most = 0 }, unix.EMFILE},
+		{"no second socket", func(k *fakeKernel) { k.most = 1 }, unix.EMFILE},
+		{"no ESP", func(k *fakeKernel) {
+			k.refuse = func(uint16, stateID) unix.Errno { return unix.EPROTONOSUPPORT }
+		}, ErrNoESP},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			k := newFakeKernel()
+			tc.spoil(k)
+			_, err := newBackend(testConfig(), k)
+			if !errors.Is(err, tc.want) || strings.Contains(err.Error(), "released") {
+				t.Errorf("got %v, want %v", err, tc.want)
+			}
+			if k.locked || k.sockets != 0 || len(k.policies) != 0 {
+				t.Errorf("locked %v, %d sockets, %d policies", k.locked, k.sockets, len(k.policies))
+			}
+		})
+	}
+}
+
+// TestNewCleansUp: after a failure half way through the policies nothing stays that does not end by itself, and nothing
+// is opened that an earlier run may have left blocked.
 func TestNewCleansUp(t *testing.T) {
 	k := newFakeKernel()
 	n := 0
@@ -359,12 +436,12 @@ func TestNewCleansUp(t *testing.T) {
 		}
 		return 0
 	}
-	_, err := newBackend(testConfig(), k.open)
+	_, err := newBackend(testConfig(), k)
 	if !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), "add policy") {
 		t.Errorf("got %v, want ENOMEM", err)
 	}
-	if s, p := k.count(); s != 0 || p != 0 {
-		t.Errorf("%d states and %d policies left", s, p)
+	if s, p := k.count(); s != 0 || p != k.retired() || k.locked {
+		t.Errorf("%d states and %d policies left of which %d expire, locked %v", s, p, k.retired(), k.locked)
 	}
 }
 

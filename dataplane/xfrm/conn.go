@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -83,6 +84,39 @@ func openSocket(ns *hostnet.NS) (socket, error) {
 	}
 	return netlinkSocket(fd), nil
 }
+
+// lockSocket holds a lock on a namespace until it is closed, at the latest by the end of the process.
+type lockSocket int
+
+// openLock takes the lock of a namespace and reqid. It is an abstract Unix socket name, because these belong to the
+// network namespace, and are free again the moment their owner dies.
+func openLock(ns *hostnet.NS, reqid int) (io.Closer, error) {
+	name := fmt.Sprintf("@gmgate-xfrm-%d", reqid)
+	var fd int
+	err := inside(ns, func() (err error) {
+		if fd, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+			return err
+		}
+		// A listener, so that tools like ss show it; nobody ever accepts.
+		if err = unix.Bind(fd, &unix.SockaddrUnix{Name: name}); err == nil {
+			err = unix.Listen(fd, 0)
+		}
+		if err != nil {
+			return errors.Join(err, unix.Close(fd))
+		}
+		return nil
+	})
+	if errors.Is(err, unix.EADDRINUSE) {
+		return nil, fmt.Errorf("lock %s: %w", name, ErrInUse)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	return lockSocket(fd), nil
+}
+
+// Close releases the lock.
+func (s lockSocket) Close() error { return unix.Close(int(s)) }
 
 func (s netlinkSocket) send(b []byte) error {
 	for {

@@ -4,9 +4,11 @@
 //
 // Policies are constant. For every Gm address and every protected port there is one policy in and one out, open towards
 // the peer, whose template demands transport-mode ESP with our reqid; they are there before the first SA and stay until
-// Close. A packet of a protected port that no SA covers is therefore dropped in both directions, whoever sends it
+// Close, which turns them into block policies that expire when the kernel has given up the TCP connections of the
+// process. A packet of a protected port that no SA covers is therefore dropped in both directions, whoever sends it
 // (TS 33.203 §7.1: nothing for a protected port in clear). There is no policy per phone: per-phone policies would leave
-// clear packets of every other address alone. See policy.go for the block policies beside them.
+// clear packets of every other address alone. See policy.go for the block policies beside them: against forwarding, and
+// against ICMP errors that quote decrypted datagrams.
 //
 // States are four per SA set (TS 33.203 §7.1). Each has a selector with both addresses and both ports and any protocol,
 // so that one phone's SA never carries another phone's address (the kernel counts XfrmInStateMismatch) and UDP and TCP
@@ -21,9 +23,13 @@
 //     our reqid, policies only with our tag in their selector.
 //   - Whatever is left behind by a crash is safe: the policies keep refusing clear packets, the states end with their
 //     hard limit, and the next New takes both over.
+//   - Nothing passes a protected port in clear at any time from New until the block policies after Close expire. Policies
+//     are only ever replaced in place, never deleted.
 //   - Nothing here formats a key or a netlink message; buffers that held keys are overwritten.
 //
-// One Backend per network namespace and reqid.
+// One Backend per network namespace and reqid: New takes a lock, so that a second daemon that is started by mistake
+// cannot take the first one's states and policies for leftovers. The lock is an abstract Unix socket name, which any
+// process of the namespace could occupy: that prevents a start, but never opens anything.
 //
 // # Concurrency
 //
@@ -33,5 +39,6 @@
 // # Time
 //
 // The kernel measures the hard limit on the wall clock: stepping the clock forward ends SAs early. The limit is only a
-// backstop for a crash; the lifetime of TS 33.203 §7.4 is kept by package sa.
+// backstop for a crash; the lifetime of TS 33.203 §7.4 is kept by package sa. The block policies after Close expire by
+// the same clock.
 package xfrm

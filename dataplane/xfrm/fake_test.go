@@ -2,9 +2,12 @@ package xfrm
 
 import (
 	"encoding/binary"
+	"fmt"
+	"io"
 	"net/netip"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -22,14 +25,49 @@ type fakeKernel struct {
 	refuse   func(typ uint16, id stateID) unix.Errno // error for a state message, 0 to go on
 	mute     func(typ uint16, id stateID) bool       // executes the message but loses its acknowledgement
 	gate     chan struct{}                           // if not nil, each send waits for a value
+	locked   bool
+	sockets  int // open ones
+	most     int // sockets that can be opened
 }
 
 func newFakeKernel() *fakeKernel {
-	return &fakeKernel{states: map[stateID]stateHead{}, policies: map[policyID]nl.XfrmUserpolicyInfo{}}
+	return &fakeKernel{states: map[stateID]stateHead{}, policies: map[policyID]nl.XfrmUserpolicyInfo{}, most: 2}
+}
+
+// lock allows one backend at a time.
+func (k *fakeKernel) lock(int) (io.Closer, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.locked {
+		return nil, ErrInUse
+	}
+	k.locked = true
+	return (*fakeLock)(k), nil
+}
+
+type fakeLock fakeKernel
+
+// Close notes whether sockets were still open, which must be closed before.
+func (l *fakeLock) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.locked || l.sockets != 0 {
+		return fmt.Errorf("lock %v released with %d sockets open", l.locked, l.sockets)
+	}
+	l.locked = false
+	return nil
 }
 
 // open makes another socket to the same kernel.
-func (k *fakeKernel) open() (socket, error) { return &fakeSocket{k: k}, nil }
+func (k *fakeKernel) open() (socket, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.sockets == k.most {
+		return nil, unix.EMFILE
+	}
+	k.sockets++
+	return &fakeSocket{k: k}, nil
+}
 
 func (k *fakeKernel) count() (states, policies int) {
 	k.mu.Lock()
@@ -37,12 +75,29 @@ func (k *fakeKernel) count() (states, policies int) {
 	return len(k.states), len(k.policies)
 }
 
+// retired counts the policies that block and expire.
+func (k *fakeKernel) retired() (n int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, p := range k.policies {
+		if p.Action == actionBlock && p.Lft.HardAddExpiresSeconds == uint64(blockAfterClose/time.Second) {
+			n++
+		}
+	}
+	return n
+}
+
 type fakeSocket struct {
 	k     *fakeKernel
 	queue [][]byte
 }
 
-func (s *fakeSocket) close() error { return nil }
+func (s *fakeSocket) close() error {
+	s.k.mu.Lock()
+	defer s.k.mu.Unlock()
+	s.k.sockets--
+	return nil
+}
 
 func (s *fakeSocket) recv(b []byte) (int, error) {
 	if len(s.queue) == 0 {
@@ -116,12 +171,6 @@ func (s *fakeSocket) execute(typ, flags uint16, seq uint32, id stateID, body []b
 			return unix.EINVAL
 		}
 		s.k.policies[policyID{p.Sel, p.Dir}] = p
-	case nl.XFRM_MSG_DELPOLICY:
-		i := nl.DeserializeXfrmUserpolicyId(body)
-		if _, ok := s.k.policies[policyID{i.Sel, i.Dir}]; !ok {
-			return unix.ENOENT
-		}
-		delete(s.k.policies, policyID{i.Sel, i.Dir})
 	case nl.XFRM_MSG_GETSA:
 		for id, h := range s.k.states {
 			i := nl.XfrmUsersaInfo{Family: family(id.dst), Reqid: h.reqid}
@@ -189,8 +238,8 @@ func testConfig() Config {
 	}
 }
 
-// policiesOf is the number of policies for testConfig: two addresses, three ports, three directions.
-const policiesOf = 2 * 3 * 3
+// policiesOf is the number of policies for testConfig: two addresses, three ports in three directions, and one for ICMP.
+const policiesOf = 2 * (3*3 + 1)
 
 // ueAddr is the address of the i-th phone.
 func ueAddr(i int, v6 bool) netip.Addr {
@@ -253,7 +302,7 @@ func remove(t *testing.T, b *Backend, p sa.Params) error {
 // newFake returns a backend on a fake kernel.
 func newFake(t *testing.T, k *fakeKernel, cfg Config) *Backend {
 	t.Helper()
-	b, err := newBackend(cfg, k.open)
+	b, err := newBackend(cfg, k)
 	if err != nil {
 		t.Fatal(err)
 	}

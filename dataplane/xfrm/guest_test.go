@@ -16,11 +16,14 @@ import (
 	"github.com/gmgate/gmgate/dataplane/hostnet"
 )
 
+// testBlock is how long the policies outlive the backends of newGuest.
+const testBlock = 2 * time.Second
+
 // newGuest returns a backend on the real kernel in a namespace of its own.
 func newGuest(t *testing.T, ns *hostnet.NS) *Backend {
 	t.Helper()
 	cfg := testConfig()
-	cfg.NS = ns
+	cfg.NS, cfg.block = ns, testBlock
 	cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
 	b, err := New(cfg)
 	if err != nil {
@@ -180,8 +183,46 @@ func TestGuestForeign(t *testing.T) {
 	if after := ipShow(t, ns, "xfrm", "state"); after != states {
 		t.Error("the foreign state changed")
 	}
+	if n, err := testConn(t, ns).countPolicies(); err != nil || n != policiesOf+1 {
+		t.Errorf("%d policies right after Close, %v; want %d", n, err, policiesOf+1)
+	}
+	awaitPolicies(t, testConn(t, ns), 1)
 	if after := ipShow(t, ns, "xfrm", "policy"); after != policies {
 		t.Errorf("foreign policies changed:\n%s\nbefore:\n%s", after, policies)
+	}
+}
+
+// TestGuestInUse: a second daemon in the namespace is refused and disturbs nothing, also when the first was killed and
+// is back.
+func TestGuestInUse(t *testing.T) {
+	f := newField(t)
+	p := testSet(0, false, gcm)
+	f.addUE(t, p)
+	states, policies := ipShow(t, f.gm, "xfrm", "state", "count"), ipShow(t, f.gm, "xfrm", "policy")
+	cfg := testConfig()
+	cfg.NS = f.gm
+	for range 2 {
+		if _, err := New(cfg); !errors.Is(err, ErrInUse) {
+			t.Fatalf("New beside another: %v, want ErrInUse", err)
+		}
+	}
+	if after := ipShow(t, f.gm, "xfrm", "state", "count"); after != states {
+		t.Errorf("states %s, before %s", after, states)
+	}
+	if after := ipShow(t, f.gm, "xfrm", "policy"); after != policies {
+		t.Errorf("policies changed:\n%s\nbefore:\n%s", after, policies)
+	}
+	f.exchange(t, p, "undisturbed")
+
+	elsewhere := newGuest(t, newNS(t, "elsewhere")) // the lock is the namespace's
+	wantStates(t, elsewhere, 0)
+	if err := f.b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	kill(t, newGuest(t, f.gm))
+	newGuest(t, f.gm)
+	if _, err := New(cfg); !errors.Is(err, ErrInUse) {
+		t.Errorf("New beside another: %v, want ErrInUse", err)
 	}
 }
 

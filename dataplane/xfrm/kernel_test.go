@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -158,6 +159,40 @@ func TestNewWithoutESP(t *testing.T) {
 	}
 }
 
+// TestLock: one at a time for a namespace and reqid.
+func TestLock(t *testing.T) {
+	ns, other := newNS(t, "lock"), newNS(t, "other")
+	first, err := openLock(ns, DefaultReqID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openLock(ns, DefaultReqID); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "another gmgate uses this namespace") {
+		t.Errorf("second lock: %v, want ErrInUse", err)
+	}
+	for _, free := range []struct {
+		ns    *hostnet.NS
+		reqid int
+	}{{other, DefaultReqID}, {ns, DefaultReqID + 1}} {
+		l, err := openLock(free.ns, free.reqid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := openLock(ns, DefaultReqID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := again.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestPolicies: the constant policies come and go, foreign ones stay, leftovers are taken over.
 func TestPolicies(t *testing.T) {
 	ns := newNS(t, "policies")
@@ -172,7 +207,9 @@ func TestPolicies(t *testing.T) {
 
 	cfg := testConfig()
 	ports := []uint16{serverPS, clientPC, otherPC}
-	if err := protect(c, constantPolicies(cfg.Local, append(ports, 6999), DefaultReqID), DefaultReqID, slog.New(slog.DiscardHandler)); err != nil {
+	const block = 2 * time.Second
+	earlier := constantPolicies(cfg.Local, append(ports, 6999), DefaultReqID)
+	if err := protect(c, earlier, DefaultReqID, block, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := c.countPolicies(); err != nil || n != policiesOf+6+len(foreign) {
@@ -180,13 +217,11 @@ func TestPolicies(t *testing.T) {
 	}
 	var text bytes.Buffer
 	ps := constantPolicies(cfg.Local, ports, DefaultReqID)
-	if err := protect(c, ps, DefaultReqID, slog.New(slog.NewTextHandler(&text, nil))); err != nil {
+	if err := protect(c, ps, DefaultReqID, block, slog.New(slog.NewTextHandler(&text, nil))); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := c.countPolicies(); err != nil || n != policiesOf+len(foreign) {
-		t.Errorf("%d policies, %v; want %d", n, err, policiesOf+len(foreign))
-	}
-	for _, want := range []string{"adopted=18 removed=6", `foreign="out src 10.45.0.0/16 port any dst 0.0.0.0/0 port any" priority=10`} {
+	awaitPolicies(t, c, policiesOf+len(foreign)) // the port that is gone blocks for a while
+	for _, want := range []string{"count=20", "policies=6 at_most=2s", `foreign="out src 10.45.0.0/16 port any dst 0.0.0.0/0 port any" priority=10`} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("log lacks %s:\n%s", want, &text)
 		}
@@ -195,22 +230,49 @@ func TestPolicies(t *testing.T) {
 		t.Errorf("%d warnings of foreign policies, want 1:\n%s", n, &text)
 	}
 	shown := ipShow(t, ns, "xfrm", "policy")
-	for _, want := range []string{"proto esp", "reqid 26477", "mode transport", "dport 6100", "sport 6111", "dir fwd action block"} {
+	for _, want := range []string{"proto esp", "reqid 26477", "mode transport", "dport 6100", "sport 6111", "dir fwd action block", " type 3 code 3", " type 1 code 4"} {
 		if !strings.Contains(shown, want) {
 			t.Errorf("ip xfrm policy does not show %q", want)
 		}
 	}
-	var ids []policyID
-	for i := range ps {
-		ids = append(ids, ps[i].policyID)
+	if err := retire(c, ps, block); err != nil {
+		t.Error(err)
 	}
-	for range 2 { // the second time they are gone already
-		if err := unprotect(c, ids); err != nil {
-			t.Error(err)
-		}
+	shown = ipShow(t, ns, "xfrm", "policy")
+	if n := strings.Count(shown, "action block"); n != policiesOf+1 || strings.Contains(shown, "tmpl") {
+		t.Errorf("%d block policies, want %d and no templates:\n%s", n, policiesOf+1, shown)
 	}
+	// Turned back in time: now they stay.
+	if err := protect(c, ps, DefaultReqID, block, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * block)
+	if n, err := c.countPolicies(); err != nil || n != policiesOf+len(foreign) {
+		t.Errorf("%d policies, %v; want %d: the expiry outlived the update", n, err, policiesOf+len(foreign))
+	}
+	if err := retire(c, ps, block); err != nil {
+		t.Error(err)
+	}
+	awaitPolicies(t, c, len(foreign))
 	if after := ipShow(t, ns, "xfrm", "policy"); after != before {
 		t.Errorf("foreign policies changed:\n%s\nbefore:\n%s", after, before)
+	}
+}
+
+// awaitPolicies waits until the kernel has removed policies by itself and n are left.
+func awaitPolicies(t *testing.T, c *conn, n int) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		have, err := c.countPolicies()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if have == n {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d policies left, want %d", have, n)
+		}
 	}
 }
 
@@ -219,12 +281,14 @@ func TestKernelErrors(t *testing.T) {
 	c := testConn(t, newNS(t, "errors"))
 	ps := constantPolicies([]netip.Addr{gm4}, []uint16{serverPS}, DefaultReqID)
 	c.reset()
-	c.deletePolicy(ps[0].policyID)
-	c.updatePolicy(&ps[0])
 	c.deleteState(stateID{gm4, 0x1000})
-	c.deletePolicy(ps[0].policyID)
+	c.updatePolicy(&ps[0])
+	bad := ps[0]
+	bad.sel.Family = 99
+	c.updatePolicy(&bad)
+	c.updatePolicy(&ps[0])
 	results := c.run()
-	for i, want := range []error{unix.ENOENT, nil, unix.ESRCH, nil} {
+	for i, want := range []error{unix.ESRCH, nil, unix.EINVAL, nil} {
 		if !errors.Is(results[i], want) {
 			t.Errorf("message %d: %v, want %v", i, results[i], want)
 		}

@@ -258,13 +258,14 @@ func (m *messages) deleteState(id stateID) {
 }
 
 // updatePolicy appends an UPDPOLICY message: it creates the policy or replaces, in one step, the one with the same
-// selector and direction.
+// selector and direction. The age of a replaced policy does not count: expiry starts anew, or ends.
 func (m *messages) updatePolicy(p *policy) {
 	info := nl.XfrmUserpolicyInfo{
 		Sel: p.sel,
 		Lft: nl.XfrmLifetimeCfg{
 			SoftByteLimit: nl.XFRM_INF, HardByteLimit: nl.XFRM_INF,
 			SoftPacketLimit: nl.XFRM_INF, HardPacketLimit: nl.XFRM_INF,
+			HardAddExpiresSeconds: p.expires,
 		},
 		Priority: policyPriority,
 		Dir:      p.dir,
@@ -280,14 +281,6 @@ func (m *messages) updatePolicy(p *policy) {
 		}
 		m.attr(nl.XFRMA_TMPL, t.Serialize())
 	}
-	m.end()
-}
-
-// deletePolicy appends a DELPOLICY message. The whole selector is the key, our tag in it included.
-func (m *messages) deletePolicy(p policyID) {
-	id := nl.XfrmUserpolicyId{Sel: p.sel, Dir: p.dir}
-	m.begin(nl.XFRM_MSG_DELPOLICY, 0)
-	m.buf = append(m.buf, id.Serialize()...)
 	m.end()
 }
 

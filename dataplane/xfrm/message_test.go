@@ -129,31 +129,37 @@ func TestStateGolden(t *testing.T) {
 func TestPolicyGolden(t *testing.T) {
 	littleEndian(t)
 	ps := constantPolicies([]netip.Addr{netip.MustParseAddr("2001:db8::5")}, []uint16{6100}, DefaultReqID)
-	if len(ps) != 3 {
-		t.Fatalf("%d policies, want in, out and fwd", len(ps))
+	if len(ps) != 4 {
+		t.Fatalf("%d policies, want in, out, fwd and ICMP", len(ps))
 	}
+	ps = append(ps, ps[1])
+	ps[4].action, ps[4].expires = actionBlock, 200
 	const (
 		zero  = "00000000000000000000000000000000"
 		local = "20010db8000000000000000000000005"
 		tag   = "6d676d67" // 0x676d << 16 ^ 0x676d
 		in    = local + zero + "17d4 ffff 0000 0000 0a00 80 00 00 000000 00000000" + tag
 		out   = zero + local + "0000 0000 17d4 ffff 0a00 00 80 00 000000 00000000" + tag
+		icmp  = zero + local + "0004 ffff 0001 ffff 0a00 00 80 3a 000000 00000000" + tag
 		life  = "ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff" + zero + zero + zero + zero
+		until = "ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff" + "0000000000000000 c800000000000000" + zero + zero + zero
 		tmpl  = "4400 0500" + zero + "00000000 32 000000 0a00 0000" + zero + "6d670000 00 00 00 00 ffffffff ffffffff ffffffff"
 	)
 	for i, want := range []string{
 		"fc000000 1900 0500 00000000 00000000" + in + life + "e8030000 00000000 00 00 00 00 00000000" + tmpl,
 		"fc000000 1900 0500 00000000 00000000" + out + life + "e8030000 00000000 01 00 00 00 00000000" + tmpl,
 		"b8000000 1900 0500 00000000 00000000" + out + life + "e8030000 00000000 02 01 00 00 00000000",
+		"b8000000 1900 0500 00000000 00000000" + icmp + life + "e8030000 00000000 01 01 00 00 00000000",
+		"b8000000 1900 0500 00000000 00000000" + out + until + "e8030000 00000000 01 01 00 00 00000000",
 	} {
 		var m messages
 		m.updatePolicy(&ps[i])
 		golden(t, m.buf, want)
-		var d messages
-		d.deletePolicy(ps[i].policyID)
-		golden(t, d.buf[unix.SizeofNlMsghdr:], []string{in, out, out}[i]+"00000000"+[]string{"00", "01", "02"}[i]+"000000")
 	}
 	if got, want := ps[1].String(), "out src 2001:db8::5/128 port 6100 dst ::/0 port any"; got != want {
+		t.Errorf("String %q, want %q", got, want)
+	}
+	if got, want := ps[3].String(), "out src 2001:db8::5/128 dst ::/0 ICMP type 1 code 4"; got != want {
 		t.Errorf("String %q, want %q", got, want)
 	}
 }

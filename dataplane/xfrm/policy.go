@@ -1,10 +1,10 @@
 package xfrm
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -28,8 +28,9 @@ type policyID struct {
 // policy is one of the constant policies.
 type policy struct {
 	policyID
-	action uint8 // actionAllow demands ESP by template, actionBlock drops
-	reqid  uint32
+	action  uint8 // actionAllow demands ESP by template, actionBlock drops
+	reqid   uint32
+	expires uint64 // seconds after which the kernel removes it, 0 for never
 }
 
 // constantPolicies returns the policies for the protected ports, per local address and port:
@@ -42,12 +43,20 @@ type policy struct {
 //     bear one of the host's own addresses as source (IPv4 drops them as martians), so without this policy a neighbour
 //     on the core side could have his packets protected by a phone's SA. A genuine packet of ours is never forwarded.
 //
-// There are no block policies in directions in and out: for the selectors above they could never match, because the
-// template policy of the same selector is found first and itself drops what it does not find protected; and there is
-// no moment without template to be bridged, since policies are updated in place and removed only after the last SA. A
-// wider one, for a whole address, would also block the unprotected port, ICMP and neighbour discovery.
+// And per local address:
+//
+//   - out, block: ICMP port unreachable (IPv4 type 3 code 3, IPv6 type 1 code 4) from local to any peer. The kernel sends
+//     it when a datagram arrives at a protected port without socket, as after a crash or during a stop, and quotes the
+//     datagram in it: decrypted, and in clear, since the ICMP message has no protected port. In selectors for ICMP the
+//     source port is the type and the destination port the code. Unreachables for datagrams to unprotected ports are
+//     suppressed as well, which no selector can tell apart; a phone then waits for its timer instead.
+//
+// There are no other block policies in directions in and out while a Backend is open: for the selectors above they could
+// never match, because the template policy of the same selector is found first and itself drops what it does not find
+// protected. A wider one, for a whole address, would also block the unprotected port, ICMP and neighbour discovery. All
+// policies turn into block policies when the Backend is closed, see retire, and back into these by the next New.
 func constantPolicies(local []netip.Addr, ports []uint16, reqid uint32) []policy {
-	ps := make([]policy, 0, 3*len(ports)*len(local))
+	ps := make([]policy, 0, (3*len(ports)+1)*len(local))
 	for _, a := range local {
 		bits := uint8(a.BitLen()) //nolint:gosec // 32 or 128
 		for _, port := range ports {
@@ -60,17 +69,27 @@ func constantPolicies(local []netip.Addr, ports []uint16, reqid uint32) []policy
 				Saddr: address(a), PrefixlenS: bits, Sport: nl.Swap16(port), SportMask: ^uint16(0),
 			}
 			ps = append(ps,
-				policy{policyID{in, dirIn}, actionAllow, reqid},
-				policy{policyID{out, dirOut}, actionAllow, reqid},
-				policy{policyID{out, dirFwd}, actionBlock, reqid})
+				policy{policyID: policyID{in, dirIn}, action: actionAllow, reqid: reqid},
+				policy{policyID: policyID{out, dirOut}, action: actionAllow, reqid: reqid},
+				policy{policyID: policyID{out, dirFwd}, action: actionBlock, reqid: reqid})
 		}
+		proto, typ, code := uint8(unix.IPPROTO_ICMP), uint16(3), uint16(3)
+		if a.Is6() {
+			proto, typ, code = unix.IPPROTO_ICMPV6, 1, 4
+		}
+		unreachable := nl.XfrmSelector{
+			Family: family(a), User: policyTag(reqid), Proto: proto, Saddr: address(a), PrefixlenS: bits,
+			Sport: nl.Swap16(typ), SportMask: ^uint16(0), Dport: nl.Swap16(code), DportMask: ^uint16(0),
+		}
+		ps = append(ps, policy{policyID: policyID{unreachable, dirOut}, action: actionBlock, reqid: reqid})
 	}
 	return ps
 }
 
-// protect puts the constant policies into the kernel, takes over those that an earlier run left, and removes leftovers
-// for addresses and ports that are no longer configured. It warns of foreign policies that the kernel would find first.
-func protect(c *conn, ps []policy, reqid uint32, log *slog.Logger) error {
+// protect puts the constant policies into the kernel, takes over those that an earlier run left, and retires leftovers
+// for addresses and ports that are no longer configured: the earlier run may have left TCP connections there. It warns
+// of foreign policies that the kernel would find first.
+func protect(c *conn, ps []policy, reqid uint32, block time.Duration, log *slog.Logger) error {
 	found, err := c.policies()
 	if err != nil {
 		return err
@@ -86,35 +105,44 @@ func protect(c *conn, ps []policy, reqid uint32, log *slog.Logger) error {
 	for i := range ps {
 		ours[ps[i].policyID] = true
 	}
-	var stale []policyID
-	adopted := 0
+	var stale []policy
+	adopted, expiring := 0, 0
 	for i := range found {
 		id := policyID{found[i].Sel, found[i].Dir}
 		switch {
 		case ours[id]:
 			adopted++
+		case id.sel.User == policyTag(reqid) && found[i].Lft.HardAddExpiresSeconds != 0:
+			expiring++
 		case id.sel.User == policyTag(reqid):
-			stale = append(stale, id)
+			stale = append(stale, policy{policyID: id, reqid: reqid})
 		default:
 			warnPrecedence(&found[i], ps, log)
 		}
 	}
-	if err := unprotect(c, stale); err != nil {
+	if err := retire(c, stale, block); err != nil {
 		return err
 	}
-	if adopted+len(stale) > 0 {
-		log.Info("took over policies of an earlier run", slog.Int("adopted", adopted), slog.Int("removed", len(stale)))
+	if adopted > 0 {
+		log.Info("took over policies of an earlier run", slog.Int("count", adopted))
+	}
+	if n := expiring + len(stale); n > 0 {
+		log.Warn("addresses or ports of an earlier configuration stay blocked for a while",
+			slog.Int("policies", n), slog.Duration("at_most", block))
 	}
 	return nil
 }
 
-// unprotect removes policies; ones that are gone already do not count as errors.
-func unprotect(c *conn, ids []policyID) error {
-	return c.inBatches(len(ids), func(i int) { c.deletePolicy(ids[i]) }, func(i int, err error) error {
-		if errors.Is(err, unix.ENOENT) {
-			return nil
-		}
-		return fmt.Errorf("remove policy %s: %w", ids[i], err)
+// retire turns policies, in place, into block policies that the kernel removes when a time has passed. Deleting them
+// instead would let the kernel send in clear what orphaned TCP connections still hold, see blockAfterClose.
+func retire(c *conn, ps []policy, after time.Duration) error {
+	seconds := uint64((after + time.Second - 1) / time.Second) //nolint:gosec // positive
+	return c.inBatches(len(ps), func(i int) {
+		p := ps[i]
+		p.action, p.expires = actionBlock, seconds
+		c.updatePolicy(&p)
+	}, func(i int, err error) error {
+		return fmt.Errorf("block %s: %w", ps[i], err)
 	})
 }
 
@@ -154,6 +182,11 @@ func (p policyID) String() string {
 	d := "socket"
 	if int(p.dir) < len(dir) {
 		d = dir[p.dir]
+	}
+	if p.sel.Proto == unix.IPPROTO_ICMP || p.sel.Proto == unix.IPPROTO_ICMPV6 {
+		return fmt.Sprintf("%s src %s dst %s ICMP type %s code %s", d,
+			prefix(p.sel.Saddr, p.sel.PrefixlenS, p.sel.Family), prefix(p.sel.Daddr, p.sel.PrefixlenD, p.sel.Family),
+			portString(p.sel.Sport, p.sel.SportMask), portString(p.sel.Dport, p.sel.DportMask))
 	}
 	return fmt.Sprintf("%s src %s port %s dst %s port %s", d,
 		prefix(p.sel.Saddr, p.sel.PrefixlenS, p.sel.Family), portString(p.sel.Sport, p.sel.SportMask),

@@ -198,7 +198,8 @@ type capture struct {
 	seen map[string]int // "in esp", "out clear", …
 }
 
-// newCapture starts to capture in the gm namespace. Clear means UDP or TCP of a protected port outside ESP.
+// newCapture starts to capture in the gm namespace. Clear means UDP or TCP of a protected port outside ESP, secret any
+// packet that shows the secret.
 func newCapture(t *testing.T, f *field) *capture {
 	t.Helper()
 	c := &capture{done: make(chan struct{}), seen: map[string]int{}}
@@ -244,7 +245,13 @@ func newCapture(t *testing.T, f *field) *capture {
 	return c
 }
 
+// secret is what must not leave in clear, in whatever packet.
+const secret = "SIP in confidence"
+
 func kindOf(b []byte) string {
+	if strings.Contains(string(b), secret) {
+		return "secret"
+	}
 	var proto byte
 	var payload []byte
 	switch {
@@ -618,6 +625,134 @@ func TestTrafficExtend(t *testing.T) {
 	}
 }
 
+// TestTrafficUnreachable: a decrypted datagram for which no socket is there, as after a crash, is not sent back in clear
+// inside an ICMP error.
+func TestTrafficUnreachable(t *testing.T) {
+	families(t, func(t *testing.T, v6 bool) {
+		f := newField(t)
+		p := testSet(0, v6, ims.Suite{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC})
+		f.addUE(t, p)
+		c := newCapture(t, f)
+		e := tupleOf(p)
+		uc := udp(t, f.ue, e.uc, nil)
+		for range 2 {
+			f.counter(t, "XfrmOutPolBlock", 1, func() { send(t, uc, e.ps, secret) })
+			time.Sleep(1200 * time.Millisecond) // the kernel sends one ICMP error per second and peer
+		}
+		if c.count("in esp") < 2 || c.count("out secret") != 0 {
+			t.Errorf("captured %v, want ESP in and no secret out", c.seen)
+		}
+		_ = uc.Close()
+		f.exchange(t, p, "the ports with sockets work")
+		uc = udp(t, f.ue, e.uc, nil)
+
+		// Without the policies it happens: the test is worth something.
+		time.Sleep(1200 * time.Millisecond)
+		ipBatch(t, f.gm, "xfrm policy deleteall dir out")
+		send(t, uc, e.ps, secret)
+		c.await(t, "out secret", 1)
+	})
+}
+
+// TestTrafficOrphan: data of a TCP connection that the kernel still has to deliver when its process is gone does not
+// leave in clear, neither after Close nor when the daemon is back.
+func TestTrafficOrphan(t *testing.T) {
+	families(t, func(t *testing.T, v6 bool) {
+		f := newField(t)
+		f.b.cfg.block = time.Minute
+		p := testSet(0, v6, ims.Suite{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC})
+		f.addUE(t, p)
+		c := newCapture(t, f)
+		e := tupleOf(p)
+		l := listen(t, f.gm, e.ps)
+		defer func() { _ = l.Close() }()
+		conn, err := dial(f.ue, e.uc, e.ps, patience, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		s, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ipBatch(t, f.ue, "xfrm state deleteall") // the phone is out of reach
+		if _, err := io.WriteString(s, secret); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(s.Close(), l.Close()); err != nil {
+			t.Fatal(err)
+		}
+		f.counter(t, "XfrmOutPolBlock", 2, func() {
+			if err := f.b.Close(); err != nil {
+				t.Fatal(err)
+			}
+		})
+		var b *Backend
+		f.counter(t, "XfrmOutNoStates", 1, func() { b = newGuest(t, f.gm) })
+		if c.count("out secret") != 0 {
+			t.Errorf("captured %v, want no secret out", c.seen)
+		}
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+
+		// Without the policies the connection is still at it: the test is worth something.
+		ipBatch(t, f.gm, "xfrm policy flush")
+		c.await(t, "out secret", 1)
+	})
+}
+
+// TestTrafficRestart: what Close leaves drops everything and ends by itself, unless a new start makes it permanent.
+func TestTrafficRestart(t *testing.T) {
+	f := newField(t)
+	c := newCapture(t, f)
+	whole := t // the backend of one subtest serves the next
+	families(t, func(t *testing.T, v6 bool) {
+		p := testSet(0, v6, gcm)
+		f.addUE(t, p)
+		f.exchange(t, p, "before")
+		if err := f.b.Close(); err != nil {
+			t.Fatal(err)
+		}
+		k := testConn(t, f.gm)
+		if n, err := k.countPolicies(); err != nil || n != policiesOf {
+			t.Errorf("%d policies after Close, %v; want %d", n, err, policiesOf)
+		}
+		shown := ipShow(t, f.gm, "-s", "xfrm", "policy")
+		if strings.Contains(shown, "tmpl") || strings.Count(shown, "expire add: soft 0(sec), hard 2(sec)") != policiesOf {
+			t.Errorf("after Close want %d expiring policies without template:\n%s", policiesOf, shown)
+		}
+		f.b = newGuest(whole, f.gm)
+		time.Sleep(2 * testBlock)
+		if n, err := k.countPolicies(); err != nil || n != policiesOf {
+			t.Errorf("%d policies after the restart, %v; want %d", n, err, policiesOf)
+		}
+		shown = ipShow(t, f.gm, "-s", "xfrm", "policy")
+		if n := strings.Count(shown, "expire add: soft 0(sec), hard 0(sec)"); n != policiesOf {
+			t.Errorf("%d of %d policies without expiry after the restart:\n%s", n, policiesOf, shown)
+		}
+		ipBatch(t, f.ue, "xfrm state flush", "xfrm policy flush")
+		f.addUE(t, p)
+		f.exchange(t, p, "after")
+	})
+
+	// And a stop for good: both directions are dead, then everything is gone.
+	f.b.cfg.block = 4 * time.Second
+	victim := udp(t, f.gm, netip.AddrPortFrom(gm4, serverPS), nil)
+	phone := udp(t, f.ue, netip.AddrPortFrom(ueAddr(3, false), 7777), nil)
+	if err := f.b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f.counter(t, "XfrmInPolBlock", 1, func() { send(t, phone, netip.AddrPortFrom(gm4, serverPS), "clear") })
+	f.counter(t, "XfrmOutPolBlock", 1, func() {
+		_, _ = victim.WriteToUDPAddrPort([]byte("clear"), netip.AddrPortFrom(ueAddr(3, false), 7777))
+	})
+	if c.count("out clear") != 0 {
+		t.Errorf("captured %v, want nothing out in clear", c.seen)
+	}
+	awaitPolicies(t, testConn(t, f.gm), 0)
+}
+
 // TestTrafficForward: packets which the host only forwards cannot use a phone's SA by bearing our address as source.
 func TestTrafficForward(t *testing.T) {
 	f := newField(t)
@@ -640,14 +775,7 @@ func TestTrafficForward(t *testing.T) {
 	silent(t, us)
 
 	// Without the policy the attack works: the test is worth something.
-	c := testConn(t, f.gm)
-	for _, ps := range f.b.policies {
-		if ps.dir == dirFwd {
-			if err := unprotect(c, []policyID{ps.policyID}); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
+	ipBatch(t, f.gm, "xfrm policy deleteall dir fwd")
 	send(t, spoofer, e.us, "through the phone's SA")
 	receive(t, us, e.pc, "through the phone's SA")
 }
