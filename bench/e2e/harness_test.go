@@ -116,14 +116,15 @@ type fixtureConfig struct {
 
 // fixture is a running network.
 type fixture struct {
-	lab     *lab.Lab
-	daemon  *lab.Daemon
-	core    *core.Core
-	farm    *ue.Farm
-	capture *lab.Capture
-	subs    []core.Subscriber
-	ipv6    bool
-	config  string // of the daemon
+	policies int // constant XFRM policies of the daemon
+	lab      *lab.Lab
+	daemon   *lab.Daemon
+	core     *core.Core
+	farm     *ue.Farm
+	capture  *lab.Capture
+	subs     []core.Subscriber
+	ipv6     bool
+	config   string // of the daemon
 
 	mu   sync.Mutex
 	next int
@@ -195,6 +196,10 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 	f.daemon, err = f.lab.StartDaemon(ctx, bin, f.config, nil)
 	check(err)
 	t.Cleanup(func() { f.finish(t, cfg) })
+	if backend() == "xfrm" {
+		f.policies = f.xfrm(t, "policy")
+		t.Logf("kernel before: %d states, %d policies", f.xfrm(t, "state"), f.policies)
+	}
 	f.farm, err = ue.NewFarm(ue.FarmConfig{
 		NS: f.lab.UE, Prefixes: []netip.Prefix{lab.PlanOf(false).UEs, lab.PlanOf(true).UEs},
 		PCSCF: netip.AddrPortFrom(plan.Gm, lab.PortClear), ESP: setting(envUE, "userspace"), Logger: logger,
@@ -372,6 +377,13 @@ func (f *fixture) wantNoSets(ctx context.Context, t *testing.T) {
 		return sets == 0 && sas == 0 && states == 0
 	}) {
 		t.Errorf("left: %g SA sets, %g SAs in the backend, %d states in the kernel", sets, sas, states)
+	}
+	if backend() == "xfrm" {
+		policies := f.xfrm(t, "policy")
+		t.Logf("kernel after: %d states, %d policies", states, policies)
+		if policies != f.policies {
+			t.Errorf("%d policies in the kernel, want the %d constant ones", policies, f.policies)
+		}
 	}
 }
 
