@@ -29,6 +29,25 @@ func TestSAs(t *testing.T) {
 	}
 }
 
+func TestCounters(t *testing.T) {
+	c := Counters{7, 8, 100, 200}
+	if got := c.Max(Counters{9, 1, 101, 1}); got != (Counters{9, 8, 101, 200}) {
+		t.Errorf("Max: %v", got)
+	}
+	if got, err := c.Ahead(1000); err != nil || got != (Counters{7, 8, 1100, 1200}) {
+		t.Errorf("Ahead: %v, %v", got, err)
+	}
+	// The last number is never used: there must be one left to send with.
+	for _, full := range []Counters{{2: 1<<32 - 1}, {3: 1<<32 - 1001}} {
+		if _, err := full.Ahead(1000); !errors.Is(err, ErrSequence) {
+			t.Errorf("Ahead of %v: %v", full, err)
+		}
+	}
+	if got, err := (Counters{0, 0, 1<<32 - 1002, 0}).Ahead(1000); err != nil || got[2] != 1<<32-2 {
+		t.Errorf("Ahead up to the last number: %v, %v", got, err)
+	}
+}
+
 // Every cell of the table: what is not in it changes nothing.
 func TestPhases(t *testing.T) {
 	legal := map[Phase]map[Event]Phase{
