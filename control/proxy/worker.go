@@ -345,6 +345,10 @@ func (o setObserver) Unexpected(fsm string, state, event fmt.Stringer) {
 
 func (o setObserver) AwaitAuthExpired() { o.w.obs.AwaitAuthExpired() }
 
+func (o setObserver) Gone(u *registrar.UE) {
+	o.w.log.Debug("UE context ended", "impi", u.IMPI, "ue", u.Addr, "state", u.State.String())
+}
+
 func (o setObserver) SetRemoved(s *registrar.Set) {
 	for _, c := range []ims.ConnID{s.ConnIn, s.ConnOut} {
 		if c != 0 {

@@ -65,6 +65,8 @@ type Observer interface {
 	Unexpected(fsm string, state, event fmt.Stringer)
 	// SetRemoved is called when a set is dead: its connections must be closed.
 	SetRemoved(s *Set)
+	// Gone is called when the last set of a UE is dead, and its context with it.
+	Gone(u *UE)
 }
 
 // UE is the context of one phone: one IMPI at one address. Fields are read by the worker that owns it.
@@ -774,6 +776,7 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 		t.gens[u.Index]++
 		t.free = append(t.free, u.Index)
 		t.obs.UEs(u.State, -1)
+		t.obs.Gone(u)
 	}
 }
 

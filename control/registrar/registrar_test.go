@@ -40,6 +40,7 @@ type bench struct {
 	ues     map[State]int
 	expired int
 	gone    []*Set
+	ended   []*UE
 }
 
 func (b *bench) Sets(p sa.Phase, d int) { b.sets[p] += d }
@@ -49,6 +50,7 @@ func (b *bench) Unexpected(fsm string, state, event fmt.Stringer) {
 }
 func (b *bench) AwaitAuthExpired()      { b.expired++ }
 func (b *bench) SetRemoved(s *Set)      { b.gone = append(b.gone, s) }
+func (b *bench) Gone(u *UE)             { b.ended = append(b.ended, u) }
 func (b *bench) post(f func()) error    { f(); return nil }
 func (b *bench) clock() time.Time       { return b.now }
 func (b *bench) tuples(s *Set) ims.Flow { return flow(s.Ports.UC, s.Ports.PS) }
@@ -466,6 +468,9 @@ func TestOldSetWithoutTimer(t *testing.T) {
 	b.table.remove(y) // what extend does when the backend has lost the set
 	b.backend.Answer()
 	b.advance(3 * time.Hour)
+	if len(b.ended) != 1 || b.ended[0] != x.UE {
+		t.Errorf("told of %d UE contexts that have ended", len(b.ended))
+	}
 	if b.table.UEs() != 0 {
 		t.Errorf("old set never ends: phase %v, deadline %v ago, armed %v", x.Phase, b.now.Sub(x.Deadline), x.timer.Armed())
 	}
