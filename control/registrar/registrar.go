@@ -94,6 +94,8 @@ type UE struct {
 
 	portTurn int // rotates through the port-pc pool
 
+	journaled
+
 	large     [4]uint64 // transactions of the latest INVITEs that went over TCP because of their size
 	largeTurn uint8
 }
@@ -175,6 +177,7 @@ type Set struct {
 	Server     secagree.List // Security-Server as sent in SM6
 	ServerText string        // the same, byte for byte
 	Client     secagree.List // Security-Client of SM1
+	ClientText string        // its header rows, one per line
 	CallID     string        // of SM1
 	IMPU       string        // of SM1
 	Over       *Set          // the set which SM1 came over; nil: it came in clear
@@ -188,6 +191,7 @@ type Set struct {
 	timer    wheel.Timer
 	initial  bool // SM1 came in clear
 	removing bool // told to go, waiting for its grace
+	kept     bool // by the journal
 }
 
 // Dropped reports whether the set was told to go.
@@ -219,6 +223,7 @@ type Table struct {
 	installer sa.Installer
 	post      func(func()) error
 	obs       Observer
+	journal   Journal // nil: nothing survives
 
 	spis    *sa.SPIPool
 	ues     []*UE // by index; nil = free
@@ -466,6 +471,7 @@ func (t *Table) installed(s *Set, err error, done func(*Set, error)) {
 	default:
 		t.happen(s, sa.Acknowledged)
 		t.arm(s, t.cfg.AwaitAuth)
+		t.keepWithin(s.UE, temporaryKept)
 		done(s, nil)
 	}
 }
@@ -521,7 +527,7 @@ func (t *Table) add(o *Offer) *UE {
 	}
 	u := &UE{State: Pending, Index: index, Gen: t.gens[index], IMPI: o.IMPI, Addr: o.UE, Local: o.Local}
 	t.ues[index] = u
-	t.byKey[ueKey{u.IMPI, u.Addr}] = u
+	t.byKey[u.key()] = u
 	t.byIMPI[u.IMPI] = append(t.byIMPI[u.IMPI], u)
 	t.obs.UEs(Pending, 1)
 	return u
@@ -554,6 +560,7 @@ func (s *Set) tupleB() tuple {
 func (t *Table) Confirm(s *Set, life time.Duration) {
 	u := s.UE
 	t.register(u, Accepted)
+	t.Changed(u)
 	if s.Phase != sa.Temporary {
 		t.Refresh(s, life)
 		return
@@ -595,6 +602,7 @@ func (t *Table) armOld(s *Set) {
 
 // handOver takes the newest established set into use; older ones live for 64*T1 at most from now.
 func (t *Table) handOver(u *UE) {
+	t.Changed(u)
 	for _, s := range slices.Backward(u.Sets) {
 		if s.Phase == sa.Established {
 			u.Current = s
@@ -618,6 +626,7 @@ func (t *Table) Touch(s *Set) {
 		return
 	}
 	s.Used = true
+	t.Changed(s.UE)
 	if s.Phase == sa.Established && s.UE.Current != s {
 		t.handOver(s.UE)
 	}
@@ -626,6 +635,7 @@ func (t *Table) Touch(s *Set) {
 // Refresh moves the lifetime of an established set after a re-registration that was not challenged. It never shortens.
 func (t *Table) Refresh(s *Set, life time.Duration) {
 	t.register(s.UE, Accepted)
+	t.Changed(s.UE)
 	if s.Phase != sa.Established && s.Phase != sa.Old {
 		return
 	}
@@ -691,6 +701,7 @@ func (t *Table) Drop(s *Set, grace time.Duration) {
 	}
 	s.removing = true
 	t.arm(s, grace)
+	t.Changed(s.UE)
 }
 
 // Hold lets a temporary set live for at least d more, while the core decides about its REGISTER.
@@ -705,6 +716,7 @@ func (t *Table) Hold(s *Set, d time.Duration) {
 func (t *Table) Deregister(u *UE, grace time.Duration) {
 	t.register(u, Ended)
 	u.Ended = t.now()
+	t.Changed(u)
 	for _, s := range u.Sets {
 		if s.Phase != sa.Reserved {
 			t.Drop(s, min(grace, max(0, s.Deadline.Sub(t.now()))))
@@ -764,9 +776,11 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 		u.Current = nil
 		t.handOver(u)
 	}
+	t.forgetSet(s)
 	t.obs.SetRemoved(s)
 	if len(u.Sets) == 0 {
-		delete(t.byKey, ueKey{u.IMPI, u.Addr})
+		t.forgetUE(u)
+		delete(t.byKey, u.key())
 		if rest := slices.DeleteFunc(t.byIMPI[u.IMPI], func(o *UE) bool { return o == u }); len(rest) > 0 {
 			t.byIMPI[u.IMPI] = rest
 		} else {

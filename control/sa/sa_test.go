@@ -163,6 +163,31 @@ func TestSPIPoolIsUnpredictable(t *testing.T) {
 	}
 }
 
+// What is reserved is not given out until it is freed.
+func TestSPIPoolReserve(t *testing.T) {
+	p, err := NewSPIPool(1000, 1015)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, spi := range []ims.SPI{999, 1016} {
+		if p.Reserve(spi) {
+			t.Errorf("%d was reserved", spi)
+		}
+	}
+	if !p.Reserve(1007) || p.Reserve(1007) {
+		t.Error("1007 was not reserved once")
+	}
+	for p.InUse() < p.Capacity() {
+		if spi, err := p.Take(); err != nil || spi == 1007 {
+			t.Fatalf("took %d: %v", spi, err)
+		}
+	}
+	p.Free(1007)
+	if spi, err := p.Take(); err != nil {
+		t.Errorf("nothing to take after freeing: %d, %v", spi, err)
+	}
+}
+
 // Take stays O(1) on a pool that is nearly full.
 func TestSPIPoolProbes(t *testing.T) {
 	p, _ := NewSPIPool(1<<20, 1<<20+1<<16-1)

@@ -103,6 +103,19 @@ probe:
 	return 0, ErrSPIExhausted
 }
 
+// Reserve takes a certain value: one that was given out before a restart, or that somebody else uses. It reports false for
+// one that lies outside the range or is taken.
+func (p *SPIPool) Reserve(spi ims.SPI) bool {
+	if uint64(spi) < p.first || uint64(spi) >= p.first+p.size {
+		return false
+	}
+	if _, taken := p.inUse[spi]; taken {
+		return false
+	}
+	p.inUse[spi] = struct{}{}
+	return true
+}
+
 // Free gives a value back. One that is not in use is ignored, so a double release cannot put a value into the pool twice.
 func (p *SPIPool) Free(spi ims.SPI) { delete(p.inUse, spi) }
 

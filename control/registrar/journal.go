@@ -1,0 +1,225 @@
+package registrar
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/wheel"
+)
+
+// Journal is told what has to survive a restart. Its methods run on the worker's loop and must not block; what they are
+// shown may change afterwards, so they copy what they keep.
+//
+// A UE is kept from its first 200 on, with all its sets: of what nobody has proved to be entitled to, nothing is kept.
+type Journal interface {
+	KeepUE(u *UE)
+	KeepSet(s *Set)
+	// DropSet and DropUE end what was kept.
+	DropSet(id uint64)
+	DropUE(index uint32, gen uint16)
+}
+
+// Implementation constants.
+const (
+	// temporaryKept is how long a temporary set waits to be kept: most are confirmed before, and written only once.
+	temporaryKept = time.Second
+	// restartGap is how much generations jump over a restart, beyond what was kept of them: contexts which never
+	// registered used some up.
+	restartGap = 1 << 8
+)
+
+// Keep gives the table a journal. Call it before the first Begin.
+func (t *Table) Keep(j Journal) { t.journal = j }
+
+// Changed says that something about a UE has changed which has to survive a restart. Changes of one turn are kept
+// together.
+func (t *Table) Changed(u *UE) { t.keepWithin(u, 0) }
+
+func (t *Table) keepWithin(u *UE, d time.Duration) {
+	if t.journal == nil || u.State == Pending {
+		return
+	}
+	due := t.now().Add(d)
+	if u.keep.Armed() && !due.Before(u.keepAt) {
+		return
+	}
+	u.keepAt = due
+	t.wheel.Schedule(&u.keep, d, func() { t.keepNow(u) })
+}
+
+// keepNow shows the journal a UE with its sets.
+func (t *Table) keepNow(u *UE) {
+	if len(u.Sets) == 0 {
+		return
+	}
+	t.journal.KeepUE(u)
+	u.kept = true
+	for _, s := range u.Sets {
+		if s.Phase.Live() {
+			t.journal.KeepSet(s)
+			s.kept = true
+		}
+	}
+}
+
+// forgetSet and forgetUE end what the journal has kept.
+func (t *Table) forgetSet(s *Set) {
+	if s.kept {
+		t.journal.DropSet(s.ID)
+	}
+}
+
+func (t *Table) forgetUE(u *UE) {
+	t.wheel.Stop(&u.keep)
+	if u.kept {
+		t.journal.DropUE(u.Index, u.Gen)
+	}
+}
+
+// ErrRestore says that what was kept contradicts itself or what is there already.
+var ErrRestore = errors.New("kept UE context cannot be restored")
+
+// Restore puts a UE context back that a Journal kept, with index, generation and sets as they were; the backend holds
+// its SAs. Phase, Deadline and Over of the sets must be set, and State and Current of the UE; removing says which sets
+// were told to go. Contexts are restored before the first Begin.
+func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
+	switch {
+	case u.Index == 0 || u.Index > MaxUEs || len(u.Sets) == 0:
+		return fmt.Errorf("%w: index %d, %d sets", ErrRestore, u.Index, len(u.Sets))
+	case t.at(u.Index) != nil || t.byKey[u.key()] != nil:
+		return fmt.Errorf("%w: index %d is taken", ErrRestore, u.Index)
+	case u.Current != nil && !slices.Contains(u.Sets, u.Current):
+		return fmt.Errorf("%w: index %d: current set is of another UE", ErrRestore, u.Index)
+	}
+	for i, s := range u.Sets {
+		_, a := t.byTuple[s.tupleA()]
+		_, b := t.byTuple[s.tupleB()]
+		twin := slices.ContainsFunc(u.Sets[:i], func(o *Set) bool {
+			return o.tupleA() == s.tupleA() || o.tupleB() == s.tupleB() || o.Serial == s.Serial
+		})
+		if a || b || twin || !s.Phase.Live() {
+			return fmt.Errorf("%w: set %#x, %s", ErrRestore, s.ID, s.Phase)
+		}
+	}
+	t.reserve(u.Index)
+	t.ues[u.Index], t.gens[u.Index] = u, u.Gen
+	t.byKey[u.key()] = u
+	t.byIMPI[u.IMPI] = append(t.byIMPI[u.IMPI], u)
+	u.gatherIdentities()
+	u.kept = true
+	t.obs.UEs(u.State, 1)
+	for _, s := range u.Sets {
+		s.UE, s.kept, s.removing = u, true, removing(s)
+		t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
+		t.byAddr[s.Params.UE] = append(t.byAddr[s.Params.UE], s)
+		t.spis.Reserve(s.SPIs.PC)
+		t.spis.Reserve(s.SPIs.PS)
+		t.obs.Sets(s.Phase, 1)
+		t.arm(s, s.Deadline.Sub(t.now()))
+		t.nextID = max(t.nextID, s.ID&(1<<48-1))
+	}
+	if c := u.Current; c != nil && c.Phase == sa.Old {
+		t.armOld(c)
+	}
+	return nil
+}
+
+// Retire notes that a context is gone which had this index and generation: the next to get the index has a later one.
+func (t *Table) Retire(index uint32, gen uint16) {
+	if index == 0 || index > MaxUEs || t.at(index) != nil {
+		return
+	}
+	t.reserve(index)
+	t.gens[index] = gen + restartGap
+}
+
+// Resume ends the restoring: indices in between are free, and set ids go on after the highest one ever seen.
+func (t *Table) Resume(lastID uint64) {
+	t.nextID = max(t.nextID, lastID&(1<<48-1))
+	for i := len(t.ues) - 1; i > 0; i-- {
+		if t.ues[i] == nil {
+			t.free = append(t.free, uint32(i)) //nolint:gosec // at most MaxUEs
+		}
+	}
+}
+
+// at returns the UE with this index, nil if there is none.
+func (t *Table) at(index uint32) *UE {
+	if int(index) < len(t.ues) {
+		return t.ues[index]
+	}
+	return nil
+}
+
+// reserve makes room for an index. Those in between begin with a random generation: nobody knows which theirs were.
+func (t *Table) reserve(index uint32) {
+	for len(t.ues) <= int(index) {
+		t.ues, t.gens = append(t.ues, nil), append(t.gens, uint16(rand.Uint32())) //nolint:gosec // no secret
+	}
+}
+
+func (u *UE) key() ueKey { return ueKey{u.IMPI, u.Addr} }
+
+// Expired is told that the backend has let a set go because its hard limit had passed. It counts as removed.
+func (t *Table) Expired(id uint64) bool {
+	s := t.byID(id)
+	if s == nil || s.Phase == sa.Dead {
+		return false
+	}
+	t.remove(s)
+	return true
+}
+
+// Mend has the backend install a set again of which it has lost an SA, with the sequence numbers moved ahead. The set
+// goes where that fails. It reports whether there is such a set.
+func (t *Table) Mend(id uint64, c sa.Counters) bool {
+	s := t.byID(id)
+	if s == nil || !s.Phase.Live() {
+		return false
+	}
+	p := s.Params
+	p.Counters, p.Hard = c, s.Deadline.Sub(t.now())+hardMargin
+	t.installer.Remove(p, func(error) {})
+	t.installer.Install(p, func(err error) {
+		if err != nil {
+			t.onLoop(func() { t.remove(s) })
+		}
+	})
+	return true
+}
+
+// byID finds a set. It is for rare events: it looks at all of them.
+func (t *Table) byID(id uint64) *Set {
+	for _, s := range t.byTuple {
+		if s.ID == id {
+			return s
+		}
+	}
+	return nil
+}
+
+// Walk calls f for the UE contexts from index on, at most n of them, and returns the index to go on with; zero means that
+// there are no more. A context that is added meanwhile may be missed.
+func (t *Table) Walk(from uint32, n int, f func(*UE)) (next uint32) {
+	for i := max(int(from), 1); i < len(t.ues); i++ {
+		if n == 0 {
+			return uint32(i) //nolint:gosec // at most MaxUEs
+		}
+		if u := t.ues[i]; u != nil {
+			f(u)
+			n--
+		}
+	}
+	return 0
+}
+
+// journaled is what a UE carries for the journal.
+type journaled struct {
+	keep   wheel.Timer
+	keepAt time.Time
+	kept   bool
+}
