@@ -144,15 +144,21 @@ func (c *Codec) EncodeRegistration(r *Registration) ([]byte, error) {
 	if err := r.Validate(); err != nil {
 		return nil, err
 	}
-	size := registrationFixed + len(r.IMPI) + len(r.Contact)
-	for _, list := range [][]string{r.Identities, r.ServiceRoute} {
-		for _, s := range list {
-			size += binary.MaxVarintLen32 + len(s)
-		}
+	size := registrationFixed + len(r.IMPI) + len(r.Contact) + listSize(r.ServiceRoute)
+	for _, b := range r.Bindings {
+		size += 2*binary.MaxVarintLen32 + len(b.IMPU) + listSize(b.Associated)
 	}
 	w := begin(size)
 	w.registration(r)
 	return c.finish(KindRegistration, ContextKey(r.Context), w)
+}
+
+// listSize is the most that the elements of a list take.
+func listSize(l []string) (n int) {
+	for _, s := range l {
+		n += binary.MaxVarintLen32 + len(s)
+	}
+	return n
 }
 
 // DecodeRegistration reads a registration's record.
@@ -201,9 +207,10 @@ func (c *Codec) EncodeMark(m Mark) ([]byte, error) {
 	if err := m.Validate(); err != nil {
 		return nil, err
 	}
-	w := begin(8)
-	w.b = binary.BigEndian.AppendUint32(w.b, m.Out.US)
-	w.b = binary.BigEndian.AppendUint32(w.b, m.Out.UC)
+	w := begin(4 * len(m.Counters))
+	for _, n := range m.Counters {
+		w.b = binary.BigEndian.AppendUint32(w.b, n)
+	}
 	return c.finish(KindMark, SetKey(m.Set), w)
 }
 
@@ -218,7 +225,10 @@ func (c *Codec) DecodeMark(key, value []byte) (Mark, error) {
 		return Mark{}, err
 	}
 	r := reader{b: text}
-	m := Mark{id, Sequences{US: r.uint32(), UC: r.uint32()}}
+	m := Mark{Set: id}
+	for i := range m.Counters {
+		m.Counters[i] = r.uint32()
+	}
 	if err := r.end(); err != nil {
 		return Mark{}, fmt.Errorf("decode mark: %w", err)
 	}
@@ -274,6 +284,8 @@ const (
 	flagOverTCP = 1 << iota
 	flagUsed
 	flagRemoving
+	flagEmergency
+	flagClear
 	flagsEnd
 )
 
@@ -346,14 +358,15 @@ func (w *body) set(s *Set) {
 	w.b = append(w.b, byte(s.Phase))
 	w.time(s.Deadline)
 	w.time(s.Hard)
-	w.uvarint(uint64(s.Out.US))
-	w.uvarint(uint64(s.Out.UC))
+	for _, n := range s.Counters {
+		w.uvarint(uint64(n))
+	}
 	w.text(s.ServerText)
 	w.text(s.ClientText)
 	w.text(s.CallID)
 	w.text(s.IMPU)
 	w.uvarint(s.Over)
-	w.flags(s.OverTCP, s.Used, s.Removing)
+	w.flags(s.OverTCP, s.Used, s.Removing, s.Emergency, s.Clear)
 }
 
 func (w *body) registration(r *Registration) {
@@ -363,16 +376,23 @@ func (w *body) registration(r *Registration) {
 	w.addr(r.Local)
 	w.b = append(w.b, byte(r.State))
 	w.uvarint(r.Current)
-	w.list(r.Identities)
+	w.uvarint(uint64(len(r.Bindings)))
+	for _, b := range r.Bindings {
+		w.text(b.IMPU)
+		w.list(b.Associated)
+	}
 	w.list(r.ServiceRoute)
 	w.text(r.Contact)
 	w.time(r.Expires)
+	w.time(r.Ended)
+	w.flags(r.Emergency)
 }
 
 func (w *body) meta(m *Meta) {
 	w.key(m.TokenKey)
 	w.uvarint(uint64(m.TokenEpoch))
 	w.text(m.Instance)
+	w.uvarint(uint64(m.Workers))
 	w.flags(m.Clean)
 }
 
@@ -458,17 +478,38 @@ func (r *reader) key() ims.Key {
 	return ims.Key(r.take(n)).Clone()
 }
 
-func (r *reader) list() []string {
+// count reads how many elements a list has, of which each takes least octets at least.
+func (r *reader) count(least int) int {
 	n := int(r.uvarint(MaxList))
-	if n > len(r.b) { // each element takes an octet at least
+	if n > len(r.b)/least {
 		r.fail(errShort)
 	}
-	if n == 0 || r.err != nil {
+	if r.err != nil {
+		return 0
+	}
+	return n
+}
+
+func (r *reader) list() []string {
+	n := r.count(1)
+	if n == 0 {
 		return nil
 	}
 	l := make([]string, n)
 	for i := range l {
 		l[i] = r.text()
+	}
+	return l
+}
+
+func (r *reader) bindings() []Binding {
+	n := r.count(2)
+	if n == 0 {
+		return nil
+	}
+	l := make([]Binding, n)
+	for i := range l {
+		l[i] = Binding{IMPU: r.text(), Associated: r.list()}
 	}
 	return l
 }
@@ -521,11 +562,14 @@ func decodeSet(id uint64, text []byte) (Set, error) {
 	copy(s.Keys.Salt[:], r.take(len(s.Keys.Salt)))
 	s.Phase = sa.Phase(r.uint8())
 	s.Deadline, s.Hard = r.time(), r.time()
-	s.Out = Sequences{US: uint32(r.uvarint(1<<32 - 1)), UC: uint32(r.uvarint(1<<32 - 1))}
+	for i := range s.Counters {
+		s.Counters[i] = uint32(r.uvarint(1<<32 - 1))
+	}
 	s.ServerText, s.ClientText, s.CallID, s.IMPU = r.text(), r.text(), r.text(), r.text()
 	s.Over = r.uvarint(1<<64 - 1)
 	f := r.flags(flagsEnd)
 	s.OverTCP, s.Used, s.Removing = f&flagOverTCP != 0, f&flagUsed != 0, f&flagRemoving != 0
+	s.Emergency, s.Clear = f&flagEmergency != 0, f&flagClear != 0
 	err := r.end()
 	if err == nil {
 		err = s.Validate()
@@ -541,7 +585,8 @@ func decodeRegistration(at Context, text []byte) (Registration, error) {
 	r := reader{b: text}
 	g := Registration{
 		Context: at, Gen: r.uint16(), IMPI: r.text(), Addr: r.addr(), Local: r.addr(), State: State(r.uint8()),
-		Current: r.uvarint(1<<64 - 1), Identities: r.list(), ServiceRoute: r.list(), Contact: r.text(), Expires: r.time(),
+		Current: r.uvarint(1<<64 - 1), Bindings: r.bindings(), ServiceRoute: r.list(), Contact: r.text(), Expires: r.time(),
+		Ended: r.time(), Emergency: r.flags(2) != 0,
 	}
 	err := r.end()
 	if err == nil {
@@ -555,7 +600,10 @@ func decodeRegistration(at Context, text []byte) (Registration, error) {
 
 func decodeMeta(text []byte) (Meta, error) {
 	r := reader{b: text}
-	m := Meta{Schema: Schema, TokenKey: r.key(), TokenEpoch: uint32(r.uvarint(1<<32 - 1)), Instance: r.text(), Clean: r.flags(2) != 0}
+	m := Meta{
+		Schema: Schema, TokenKey: r.key(), TokenEpoch: uint32(r.uvarint(1<<32 - 1)), Instance: r.text(),
+		Workers: uint16(r.uvarint(1<<16 - 1)), Clean: r.flags(2) != 0,
+	}
 	if err := r.end(); err != nil {
 		m.TokenKey.Zero()
 		return Meta{}, fmt.Errorf("decode meta: %w", err)

@@ -28,7 +28,7 @@ func newCodec(t testing.TB) *Codec {
 	return c
 }
 
-// fullSet has no field at its zero value.
+// fullSet has no field at its zero value but Clear, which goes with no keys.
 func fullSet() Set {
 	return Set{
 		ID: 0x0001_0000_0000_0002, Worker: 1, UE: 70000, Label: 1<<24 | 70000, Serial: 3,
@@ -39,22 +39,33 @@ func fullSet() Set {
 			Enc:   ims.Key("confidentiality!"), Auth: ims.Key("integrity-integrity!"), Salt: [4]byte{1, 2, 3, 4},
 		},
 		Phase: sa.Established, Deadline: time.UnixMilli(1788264000123).UTC(), Hard: time.UnixMilli(1788264060123).UTC(),
-		Out: Sequences{US: 7, UC: 300}, ServerText: "ipsec-3gpp;q=0.9", ClientText: "ipsec-3gpp;alg=null\nipsec-3gpp;alg=aes-gmac",
+		Counters: sa.Counters{8, 301, 7, 300}, ServerText: "ipsec-3gpp;q=0.9", ClientText: "ipsec-3gpp;alg=null\nipsec-3gpp;alg=aes-gmac",
 		CallID: "call@ue", IMPU: "sip:a@ims.example", Over: 1, OverTCP: true, Used: true, Removing: true,
+		Emergency: true,
 	}
+}
+
+// clearSet is an association without SAs.
+func clearSet() Set {
+	s := fullSet()
+	s.Clear, s.Keys, s.SPIs, s.Counters = true, ims.ESPKeys{}, ims.SPIs{}, sa.Counters{}
+	return s
 }
 
 func fullRegistration() Registration {
 	return Registration{
 		Context: Context{Worker: 1, Index: 70000}, Gen: 4, IMPI: "001010000000001@ims.example",
 		Addr: netip.MustParseAddr("10.45.0.9"), Local: netip.MustParseAddr("10.0.0.5"), State: Registered, Current: 9,
-		Identities: []string{"sip:a@ims.example", "", "tel:+49301"}, ServiceRoute: []string{"sip:orig@scscf;lr"},
-		Contact: "sip:10.45.0.9:31001", Expires: time.UnixMilli(1788264000001).UTC(),
+		Bindings: []Binding{
+			{IMPU: "sip:a@ims.example", Associated: []string{"sip:a@ims.example", "", "tel:+49301"}}, {IMPU: "sip:b@ims.example"},
+		},
+		ServiceRoute: []string{"sip:orig@scscf;lr"}, Contact: "sip:10.45.0.9:31001",
+		Expires: time.UnixMilli(1788264000001).UTC(), Ended: time.UnixMilli(1788263000001).UTC(), Emergency: true,
 	}
 }
 
 func fullMeta() Meta {
-	return Meta{Schema: Schema, TokenKey: ims.Key("0123456789abcdef"), TokenEpoch: 5, Instance: "edge1", Clean: true}
+	return Meta{Schema: Schema, TokenKey: ims.Key("0123456789abcdef"), TokenEpoch: 5, Instance: "edge1", Workers: 300, Clean: true}
 }
 
 // noZero reports fields at their zero value: a sample without such fields shows that the codec knows them all.
@@ -73,17 +84,22 @@ func noZero(t *testing.T, name string, v reflect.Value) {
 func TestCodecKeepsEveryField(t *testing.T) {
 	c := newCodec(t)
 	s, r, m := fullSet(), fullRegistration(), fullMeta()
-	noZero(t, "Set", reflect.ValueOf(s))
+	all := s
+	all.Clear = true
+	noZero(t, "Set", reflect.ValueOf(all))
 	noZero(t, "Registration", reflect.ValueOf(r))
 	noZero(t, "Meta", reflect.ValueOf(m))
-	v, err := c.EncodeSet(&s)
+	for _, s := range []Set{s, clearSet()} {
+		v, err := c.EncodeSet(&s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := c.DecodeSet(SetKey(s.ID), v); err != nil || !reflect.DeepEqual(got, s) {
+			t.Errorf("got %+v, %v; want %+v", got, err, s)
+		}
+	}
+	v, err := c.EncodeRegistration(&r)
 	if err != nil {
-		t.Fatal(err)
-	}
-	if got, err := c.DecodeSet(SetKey(s.ID), v); err != nil || !reflect.DeepEqual(got, s) {
-		t.Errorf("got %+v, %v; want %+v", got, err, s)
-	}
-	if v, err = c.EncodeRegistration(&r); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := c.DecodeRegistration(ContextKey(r.Context), v); err != nil || !reflect.DeepEqual(got, r) {
@@ -95,7 +111,7 @@ func TestCodecKeepsEveryField(t *testing.T) {
 	if got, err := c.DecodeMeta(v); err != nil || !reflect.DeepEqual(got, m) {
 		t.Errorf("got %+v, %v; want %+v", got, err, m)
 	}
-	k := Mark{Set: 9, Out: Sequences{US: 1, UC: math.MaxUint32}}
+	k := Mark{Set: 9, Counters: sa.Counters{2, 3, 1, math.MaxUint32}}
 	if v, err = c.EncodeMark(k); err != nil {
 		t.Fatal(err)
 	}
@@ -113,9 +129,10 @@ func TestCodecKeepsEveryField(t *testing.T) {
 
 // The encoding is part of the file format: it may change only together with Schema.
 func TestGoldenEncoding(t *testing.T) {
-	s, r, m := fullSet(), fullRegistration(), fullMeta()
-	var ws, wr, wm body
+	s, none, r, m := fullSet(), clearSet(), fullRegistration(), fullMeta()
+	var ws, wn, wr, wm body
 	ws.set(&s)
+	wn.set(&none)
 	wr.registration(&r)
 	wm.meta(&m)
 	for _, tt := range []struct {
@@ -123,7 +140,8 @@ func TestGoldenEncoding(t *testing.T) {
 		got  []byte
 		want string
 	}{
-		{"set", ws.b, goldenSet}, {"registration", wr.b, goldenRegistration}, {"meta", wm.b, goldenMeta},
+		{"set", ws.b, goldenSet}, {"set without SAs", wn.b, goldenClearSet}, {"registration", wr.b, goldenRegistration},
+		{"meta", wm.b, goldenMeta},
 	} {
 		if got := hex.EncodeToString(tt.got); got != tt.want {
 			t.Errorf("%s of schema %d:\n got %s\nwant %s", tt.name, Schema, got, tt.want)
@@ -259,12 +277,14 @@ func TestRoomForValues(t *testing.T) {
 	s.ServerText, s.ClientText = strings.Repeat("s", MaxText), strings.Repeat("c", MaxText)
 	s.IMPI, s.CallID, s.IMPU = s.ServerText, s.ServerText, s.ServerText
 	s.Keys.Enc, s.Keys.Auth = make(ims.Key, MaxKey), make(ims.Key, MaxKey)
-	s.Addr, s.Local, s.Over, s.Out = netip.IPv6Loopback(), netip.IPv6Loopback(), math.MaxUint64, Sequences{math.MaxUint32, math.MaxUint32}
+	s.Addr, s.Local, s.Over = netip.IPv6Loopback(), netip.IPv6Loopback(), math.MaxUint64
+	s.Counters = sa.Counters{math.MaxUint32, math.MaxUint32, math.MaxUint32, math.MaxUint32}
 	s.Worker, s.UE, s.Label = math.MaxUint16, math.MaxUint32, math.MaxUint32
 	s.Deadline, s.Hard = time.UnixMilli(maxMilli), time.UnixMilli(maxMilli)
 	r.IMPI, r.Contact, r.Addr, r.Local, r.Current = s.IMPI, s.IMPI, s.Addr, s.Local, math.MaxUint64
-	r.Identities, r.ServiceRoute, r.Expires = []string{s.IMPI, ""}, make([]string, MaxList), s.Deadline
-	m.TokenKey, m.TokenEpoch, m.Instance = make(ims.Key, MaxKey), math.MaxUint32, s.IMPI
+	r.Bindings = []Binding{{s.IMPI, []string{s.IMPI, ""}}, {s.IMPI, nil}}
+	r.ServiceRoute, r.Expires, r.Ended = make([]string, MaxList), s.Deadline, s.Deadline
+	m.TokenKey, m.TokenEpoch, m.Instance, m.Workers = make(ims.Key, MaxKey), math.MaxUint32, s.IMPI, math.MaxUint16
 	c := newCodec(t)
 	for name, encode := range map[string]func() ([]byte, error){
 		"set":          func() ([]byte, error) { return c.EncodeSet(&s) },
@@ -290,7 +310,7 @@ func TestRoomForValues(t *testing.T) {
 	if n := size(ws) - 5*MaxText; n > setFixed {
 		t.Errorf("set takes %d octets beside its texts", n)
 	}
-	if n := size(wr) - 3*MaxText - (len(r.Identities)+len(r.ServiceRoute))*5; n > registrationFixed {
+	if n := size(wr) - 5*MaxText - (2*len(r.Bindings)+2+len(r.ServiceRoute))*5; n > registrationFixed {
 		t.Errorf("registration takes %d octets beside its texts", n)
 	}
 	if n := size(wm) - MaxText - MaxKey; n > metaFixed {
@@ -323,6 +343,7 @@ func TestStrictDecoding(t *testing.T) {
 			at := bytes.Index(b, []byte("00101")) - 1
 			return append(append(b[:at:at], 0x80, 0x80, 0x04), b[at+1:]...)
 		}), errBound},
+		"keys of no SA": {edit(func(b []byte) []byte { b[len(b)-1] |= flagClear; return b }), ErrInvalid},
 		"phase": {edit(func(b []byte) []byte {
 			b[bytes.Index(b, []byte{1, 2, 3, 4, byte(sa.Established)})+4] = byte(sa.Dead)
 			return b
@@ -360,25 +381,6 @@ func TestSecretsDoNotPrint(t *testing.T) {
 	}
 }
 
-func TestAhead(t *testing.T) {
-	for _, tt := range []struct {
-		in    Sequences
-		block uint32
-		want  Sequences
-		err   error
-	}{
-		{Sequences{0, 5}, 100, Sequences{100, 105}, nil},
-		{Sequences{math.MaxUint32 - 101, 0}, 100, Sequences{math.MaxUint32 - 1, 100}, nil},
-		{Sequences{math.MaxUint32 - 100, 0}, 100, Sequences{}, ErrSequence},
-		{Sequences{0, math.MaxUint32}, 1, Sequences{}, ErrSequence},
-		{Sequences{0, 0}, math.MaxUint32, Sequences{}, ErrSequence},
-	} {
-		if got, err := tt.in.Ahead(tt.block); got != tt.want || !errors.Is(err, tt.err) {
-			t.Errorf("%+v ahead %d: got %+v, %v; want %+v, %v", tt.in, tt.block, got, err, tt.want, tt.err)
-		}
-	}
-}
-
 func TestParams(t *testing.T) {
 	s := fullSet()
 	now := s.Hard.Add(-time.Minute)
@@ -407,6 +409,12 @@ func TestValidate(t *testing.T) {
 		"id is zero":      func(s *Set) { s.ID = 0 },
 		"phase":           func(s *Set) { s.Phase = 0 },
 		"algorithm pair":  func(s *Set) { s.Keys.Suite.Alg = 0 },
+		"pair":            func(s *Set) { s.Keys = ims.ESPKeys{} },
+		"has keys":        func(s *Set) { *s = clearSet(); s.Keys.Salt[3] = 1 },
+		"keys but no":     func(s *Set) { *s = clearSet(); s.Keys.Enc = make(ims.Key, 1) },
+		"but no SAs":      func(s *Set) { *s = clearSet(); s.Keys.Auth = make(ims.Key, 1) },
+		"no SAs":          func(s *Set) { *s = clearSet(); s.Keys.Suite = fullSet().Keys.Suite },
+		"SPIs but no SAs": func(s *Set) { *s = clearSet(); s.SPIs.UC = 256 },
 		"a key has":       func(s *Set) { s.Keys.Auth = make(ims.Key, MaxKey+1) },
 		"local address":   func(s *Set) { s.Local = netip.Addr{} },
 		"has a zone":      func(s *Set) { s.Addr = netip.MustParseAddr("fe80::1%eth0") },
@@ -421,12 +429,17 @@ func TestValidate(t *testing.T) {
 		}
 	}
 	for name, spoil := range map[string]func(r *Registration){
-		"index":   func(r *Registration) { r.Index = 0 },
-		"state":   func(r *Registration) { r.State = 9 },
-		"list":    func(r *Registration) { r.Identities = make([]string, MaxList+1) },
-		"text":    func(r *Registration) { r.ServiceRoute = []string{strings.Repeat("x", MaxText+1)} },
-		"expiry":  func(r *Registration) { r.Expires = time.Unix(-5, 0) },
-		"missing": func(r *Registration) { r.Addr = netip.Addr{} },
+		"index":           func(r *Registration) { r.Index = 0 },
+		"state":           func(r *Registration) { r.State = 9 },
+		"list":            func(r *Registration) { r.ServiceRoute = make([]string, MaxList+1) },
+		"a list":          func(r *Registration) { r.Bindings = make([]Binding, MaxList+1) },
+		"in all":          func(r *Registration) { r.Bindings[1].Associated = make([]string, MaxList-2) },
+		"a text":          func(r *Registration) { r.Bindings[1].IMPU = strings.Repeat("x", MaxText+1) },
+		"text":            func(r *Registration) { r.Bindings[0].Associated[1] = strings.Repeat("x", MaxText+1) },
+		"end":             func(r *Registration) { r.Ended = time.UnixMilli(maxMilli + 1) },
+		"more than 65535": func(r *Registration) { r.ServiceRoute = []string{strings.Repeat("x", MaxText+1)} },
+		"expiry":          func(r *Registration) { r.Expires = time.Unix(-5, 0) },
+		"missing":         func(r *Registration) { r.Addr = netip.Addr{} },
 	} {
 		r := fullRegistration()
 		spoil(&r)

@@ -19,8 +19,8 @@
 //
 // An SA that outlives its process must never repeat a sequence number: peers would drop the packets as replays
 // (RFC 4303 §3.4.3), and with aes-gcm and aes-gmac, whose IVs follow the sequence number in some backends, repetition
-// would break the cipher (RFC 4106 §3.1). Marks record how far the two outbound SAs of a set have come; they never go
-// back; Sequences.Ahead says where to go on after the counters themselves were lost (RFC 4303 §3.3.3).
+// would break the cipher (RFC 4106 §3.1). Marks record how far the SAs of a set have come; they never go back;
+// sa.Counters.Ahead says where to go on after the counters themselves were lost (RFC 4303 §3.3.3).
 //
 // Concurrency: a Store and a Writer are safe for concurrent use. Records are plain data.
 package store

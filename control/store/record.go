@@ -3,7 +3,6 @@ package store
 import (
 	"errors"
 	"fmt"
-	"math"
 	"net/netip"
 	"slices"
 	"time"
@@ -20,38 +19,16 @@ const (
 	MaxKey  = 64    // octets of one ESP key; the longest today is 32
 )
 
-// Errors of records.
-var (
-	// ErrInvalid says that a record cannot be stored: its text names the field.
-	ErrInvalid = errors.New("invalid record")
-	// ErrSequence says that an SA has no room left for a jump: sequence numbers never wrap (RFC 4303 §3.3.3).
-	ErrSequence = errors.New("sequence numbers of the SA are exhausted")
-)
+// ErrInvalid says that a record cannot be stored: its text names the field.
+var ErrInvalid = errors.New("invalid record")
 
-// Sequences are the sequence numbers of the two outbound SAs of a set, each named by the UE's port at which the SA ends,
-// as its SPI is: US for pc→us, UC for ps→uc. Zero means that no packet was sent.
-type Sequences struct{ US, UC uint32 }
-
-// Max returns the higher of each.
-func (s Sequences) Max(o Sequences) Sequences { return Sequences{max(s.US, o.US), max(s.UC, o.UC)} }
-
-// Ahead returns what to set the counters to when they were lost: at most block packets can have been sent on each SA
-// since these numbers were recorded. It returns ErrSequence when that leaves no number to use; the set is then useless
-// and the UE has to register anew.
-func (s Sequences) Ahead(block uint32) (Sequences, error) {
-	if last := math.MaxUint32 - 1 - block; block == math.MaxUint32 || s.US > last || s.UC > last {
-		return Sequences{}, ErrSequence
-	}
-	return Sequences{s.US + block, s.UC + block}, nil
-}
-
-// Mark records how far the outbound SAs of a set have come.
+// Mark records how far the four SAs of a set have come.
 type Mark struct {
-	Set uint64
-	Out Sequences
+	Set      uint64
+	Counters sa.Counters
 }
 
-// Set is the record of one SA set (TS 33.203 §7.1), named by ID.
+// Set is the record of one SA set (TS 33.203 §7.1), named by ID, or of an association without SAs (see Clear).
 type Set struct {
 	ID     uint64 // of sa.Params, not zero; not given to another set while the store lives
 	Worker uint16 // whose table the set is in
@@ -69,7 +46,7 @@ type Set struct {
 	Phase    sa.Phase // Reserved to Old: a dead set has no record
 	Deadline time.Time
 	Hard     time.Time // when the backend removes the set by itself; zero: never
-	Out      Sequences
+	Counters sa.Counters
 
 	ServerText string // Security-Server as sent in SM6
 	ClientText string // Security-Client as received in SM1, one header row per line
@@ -79,10 +56,14 @@ type Set struct {
 	OverTCP    bool   // SM7 came over TCP
 	Used       bool   // a message other than SM7 came in on it
 	Removing   bool   // told to go, waiting for its deadline
+	Emergency  bool   // made by an emergency registration (TS 24.229 §5.2.10)
+	Clear      bool   // an address association without SAs (TS 24.229 §5.2.2.3): no suite, no keys, no SPIs
 }
 
-// Params returns what a backend needs to install the set again. A hard limit in the past becomes a second, since none
-// at all would mean for ever; callers look at Deadline first.
+// Params returns what a backend needs to install the set again, or to adopt it. A hard limit in the past becomes a
+// second, since none at all would mean for ever; callers look at Deadline first. Counters is left to the caller: Counters
+// of the record is where the set was known to be, and how far ahead of that it has to go on depends on the block in which
+// marks are written (sa.Counters.Ahead). A Clear set is nothing for a backend.
 func (s *Set) Params(now time.Time) sa.Params {
 	p := sa.Params{
 		ID: s.ID, Label: s.Label, Local: s.Local, UE: s.Addr, Ports: s.Ports, SPIs: s.SPIs, Keys: s.Keys.Clone(),
@@ -107,7 +88,11 @@ func (s *Set) Validate() error {
 		return invalid("set", "id is zero")
 	case s.Phase < sa.Reserved || s.Phase > sa.Old:
 		return invalid("set", "phase is %s", s.Phase)
-	case !s.Keys.Suite.Legal():
+	case s.Clear && (s.Keys.Suite != ims.Suite{} || len(s.Keys.Enc) > 0 || len(s.Keys.Auth) > 0 || s.Keys.Salt != [4]byte{}):
+		return invalid("set", "it has keys but no SAs")
+	case s.Clear && s.SPIs != ims.SPIs{}:
+		return invalid("set", "it has SPIs but no SAs")
+	case !s.Clear && !s.Keys.Suite.Legal():
 		return invalid("set", "algorithm pair %s is not legal", s.Keys.Suite)
 	case len(s.Keys.Enc) > MaxKey || len(s.Keys.Auth) > MaxKey:
 		return invalid("set", "a key has more than %d octets", MaxKey)
@@ -150,6 +135,12 @@ type Context struct {
 	Index  uint32
 }
 
+// Binding is one registered public identity of a UE with the implicit set that it belongs to (TS 24.229 §5.2.2.2).
+type Binding struct {
+	IMPU       string   // To of its REGISTER
+	Associated []string // P-Associated-URI, default public identity first
+}
+
 // Registration is the record of one UE context, named by Context. Flow tokens hold worker, index and generation, so
 // these stay what they are over a restart.
 type Registration struct {
@@ -160,17 +151,22 @@ type Registration struct {
 	Local netip.Addr // our Gm address
 	State State
 
-	Current      uint64   // id of the set that carries requests to the UE; zero: none
-	Identities   []string // P-Associated-URI, default public identity first
-	ServiceRoute []string // URIs in order
+	Current      uint64    // id of the set that carries requests to the UE; zero: none
+	Bindings     []Binding // in the order in which they came
+	ServiceRoute []string  // URIs in order
 	Contact      string
 	Expires      time.Time
+	Ended        time.Time // of the last de-registration; zero: there was none
+	Emergency    bool      // an emergency registration (TS 24.229 §5.2.10)
 }
 
 // Clone returns a copy that shares no memory that anybody writes to.
 func (r *Registration) Clone() *Registration {
 	c := *r
-	c.Identities, c.ServiceRoute = slices.Clone(r.Identities), slices.Clone(r.ServiceRoute)
+	c.Bindings, c.ServiceRoute = slices.Clone(r.Bindings), slices.Clone(r.ServiceRoute)
+	for i := range c.Bindings {
+		c.Bindings[i].Associated = slices.Clone(c.Bindings[i].Associated)
+	}
 	return &c
 }
 
@@ -181,17 +177,25 @@ func (r *Registration) Validate() error {
 		return invalid("registration", "index is zero")
 	case r.State < Pending || r.State > Deregistered:
 		return invalid("registration", "state is %s", r.State)
-	case len(r.Identities) > MaxList || len(r.ServiceRoute) > MaxList:
+	case len(r.Bindings) > MaxList || len(r.ServiceRoute) > MaxList:
 		return invalid("registration", "a list has more than %d elements", MaxList)
 	}
-	for _, t := range slices.Concat(r.Identities, r.ServiceRoute, []string{r.IMPI, r.Contact}) {
+	texts := append([]string{r.IMPI, r.Contact}, r.ServiceRoute...)
+	associated := 0
+	for _, b := range r.Bindings {
+		if associated += len(b.Associated); associated > MaxList {
+			return invalid("registration", "the bindings have a list of more than %d associated identities in all", MaxList)
+		}
+		texts = append(append(texts, b.IMPU), b.Associated...)
+	}
+	for _, t := range texts {
 		if err := checkText("registration", "a text", t); err != nil {
 			return err
 		}
 	}
 	return errors.Join(
 		checkAddr("registration", "address of the UE", r.Addr), checkAddr("registration", "local address", r.Local),
-		checkTime("registration", "expiry", r.Expires),
+		checkTime("registration", "expiry", r.Expires), checkTime("registration", "end", r.Ended),
 	)
 }
 
@@ -224,6 +228,7 @@ type Meta struct {
 	TokenKey   ims.Key // of flow tokens
 	TokenEpoch uint32  // counts the keys which flow tokens had
 	Instance   string  // name of the gmgate that owns the store
+	Workers    uint16  // number of workers over which its contexts are spread; zero: not said
 	Clean      bool    // the last owner wrote everything and ended; cleared by SetMeta at start
 }
 

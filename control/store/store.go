@@ -88,7 +88,7 @@ func (f Fault) Unwrap() error { return f.Err }
 type Visitor struct {
 	Registration func(Registration) error
 	Freed        func(Freed) error
-	Set          func(Set) error // with the highest marks in Set.Out
+	Set          func(Set) error // with the highest marks in Set.Counters
 	Fault        func(Fault) error
 }
 
@@ -105,6 +105,10 @@ type Store interface {
 	// Load shows the visitor everything that is stored: registrations, freed contexts and sets, in this order, each
 	// kind in ascending order of its key. All of it is of one moment.
 	Load(ctx context.Context, v *Visitor) error
+
+	// SetIDs returns the ids of all sets that are stored, in ascending order and of one moment. It opens no record, so
+	// those that cannot be read are among them.
+	SetIDs(ctx context.Context) ([]uint64, error)
 
 	// Meta returns what is stored once.
 	Meta(ctx context.Context) (Meta, error)

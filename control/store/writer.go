@@ -37,7 +37,7 @@ type WriterConfig struct {
 	MinBackoff time.Duration // after the first failure; doubles with each further one
 	MaxBackoff time.Duration
 
-	// Stored are the ids of the sets which the store holds now. With them the Writer knows which sets never reached the
+	// Stored are the ids of the sets which the store holds now, as SetIDs returns them. With them the Writer knows which sets never reached the
 	// store and forgets such a set without a trace when it is deleted. Nil means unknown: every delete is written.
 	Stored []uint64
 }
@@ -251,7 +251,7 @@ func (w *Writer) submit(k entryKey, change any) error {
 		}
 		if e != nil {
 			if old, ok := e.change.(Mark); ok {
-				c.Out = c.Out.Max(old.Out)
+				c.Counters = c.Counters.Max(old.Counters)
 				change = c
 			}
 		}
@@ -459,7 +459,7 @@ func (w *Writer) giveBack(flights []flight, err error, retryAt time.Time) (pendi
 		if e.change != nil { // a newer change takes the place, so that it waits no longer than the older would have
 			newer := e.change
 			if m, ok := newer.(Mark); ok {
-				m.Out = m.Out.Max(change.(Mark).Out)
+				m.Counters = m.Counters.Max(change.(Mark).Counters)
 				newer = m
 			}
 			forget(change)

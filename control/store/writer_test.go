@@ -148,7 +148,7 @@ func TestWriterCoalesces(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, us := range []uint32{2000, 3000, 1000} {
-			if err := w.Checkpoint(store.Mark{Set: 1, Out: store.Sequences{US: us, UC: 4000 - us}}); err != nil {
+			if err := w.Checkpoint(store.Mark{Set: 1, Counters: sa.Counters{us + 1, 4001 - us, us, 4000 - us}}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -156,7 +156,7 @@ func TestWriterCoalesces(t *testing.T) {
 			t.Errorf("%d changes pending, want 4", n)
 		}
 		s.Keys.Zero()
-		r.Identities[0] = "changed"
+		r.Bindings[0].Associated[0] = "changed"
 		if err := w.Flush(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -164,7 +164,7 @@ func TestWriterCoalesces(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want.Out = store.Sequences{US: 3000, UC: 3000}
+		want.Counters = sa.Counters{3001, 3001, 3000, 3000}
 		if !slices.EqualFunc(n.Sets, []store.Set{want}, storetest.Equal) ||
 			!slices.EqualFunc(n.Registrations, []store.Registration{storetest.Registration(1)}, storetest.EqualRegistrations) ||
 			!slices.Equal(n.Freed, []store.Freed{other}) {
@@ -266,7 +266,7 @@ func TestWriterWhileWriting(t *testing.T) {
 		w := store.NewWriter(store.WriterConfig{Store: m, MaxBatch: 3, Stored: []uint64{}})
 		release := m.Hang()
 		put(t, w, storetest.Set(1), storetest.Set(2), storetest.Set(3))
-		if err := w.Checkpoint(store.Mark{Set: 1, Out: store.Sequences{US: 50000}}); err != nil {
+		if err := w.Checkpoint(store.Mark{Set: 1, Counters: sa.Counters{2: 50000}}); err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait() // three sets are in flight
@@ -292,7 +292,7 @@ func TestWriterWhileWriting(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := ids(t, m); !slices.Equal(got, []uint64{1, 3, 4}) || n.Sets[0].Over != 77 || n.Sets[0].Out.US != 50000 {
+		if got := ids(t, m); !slices.Equal(got, []uint64{1, 3, 4}) || n.Sets[0].Over != 77 || n.Sets[0].Counters[2] != 50000 {
 			t.Errorf("got %+v", n.Sets)
 		}
 		if got := m.Batches(); !slices.Equal(got, []int{3, 2}) {
@@ -312,7 +312,7 @@ func TestWriterMarksThatFail(t *testing.T) {
 		}
 		release := m.Hang()
 		mark := func(set uint64, us, uc uint32) {
-			if err := w.Checkpoint(store.Mark{Set: set, Out: store.Sequences{US: us, UC: uc}}); err != nil {
+			if err := w.Checkpoint(store.Mark{Set: set, Counters: sa.Counters{uc, us, us, uc}}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -334,7 +334,7 @@ func TestWriterMarksThatFail(t *testing.T) {
 		m.Fail(nil)
 		stop(t, w)
 		n, err := store.Read(t.Context(), m)
-		if err != nil || len(n.Sets) != 1 || n.Sets[0].Out != (store.Sequences{US: 900, UC: 800}) {
+		if err != nil || len(n.Sets) != 1 || n.Sets[0].Counters != (sa.Counters{800, 900, 900, 800}) {
 			t.Errorf("got %+v, %v", n, err)
 		}
 	})
@@ -477,9 +477,9 @@ func TestWriterAgainstModel(t *testing.T) {
 					contexts[uint32(n)] = f
 					err = w.Free(f)
 				case 5:
-					k := store.Mark{Set: live[at], Out: store.Sequences{US: uint32(step), UC: uint32(i)}}
+					k := store.Mark{Set: live[at], Counters: sa.Counters{uint32(i), 1: uint32(step), 3: uint32(i)}}
 					if s, ok := sets[k.Set]; ok {
-						s.Out = s.Out.Max(k.Out)
+						s.Counters = s.Counters.Max(k.Counters)
 						sets[k.Set] = s
 					}
 					err = w.Checkpoint(k)
@@ -539,7 +539,7 @@ func TestWriterConcurrent(t *testing.T) {
 				if i%20 == 7 {
 					err = errors.Join(err, w.DeleteSet(s.ID))
 				}
-				if err = errors.Join(err, w.Checkpoint(store.Mark{Set: s.ID, Out: store.Sequences{US: uint32(i)}})); err != nil {
+				if err = errors.Join(err, w.Checkpoint(store.Mark{Set: s.ID, Counters: sa.Counters{2: uint32(i)}})); err != nil {
 					t.Error(err)
 				}
 				if i == rounds/2 {

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/control/store"
 	"github.com/gmgate/gmgate/control/store/storetest"
 )
@@ -62,7 +63,7 @@ func BenchmarkCheckpoint(b *testing.B) {
 		seq++
 		for i := range marks {
 			n := i * 10
-			marks[i] = store.Mark{Set: uint64(n%4)<<48 | uint64(n+1), Out: store.Sequences{US: seq, UC: seq}}
+			marks[i] = store.Mark{Set: uint64(n%4)<<48 | uint64(n+1), Counters: sa.Counters{2: seq, 3: seq}}
 		}
 		if err := d.Checkpoint(context.Background(), marks); err != nil {
 			b.Fatal(err)

@@ -469,11 +469,11 @@ func (d *DB) mark(sets, marks *bbolt.Bucket, m store.Mark) error {
 	if value := marks.Get(key); value != nil {
 		old, err := d.codec.DecodeMark(key, value)
 		if err == nil { // a damaged one is replaced
-			higher := m.Out.Max(old.Out)
-			if higher == old.Out {
+			higher := m.Counters.Max(old.Counters)
+			if higher == old.Counters {
 				return nil
 			}
-			m.Out = higher
+			m.Counters = higher
 		}
 	}
 	value, err := d.codec.EncodeMark(m)
@@ -532,7 +532,7 @@ func (d *DB) Load(ctx context.Context, v *store.Visitor) error {
 			if m, err = d.codec.DecodeMark(key, mark); err != nil {
 				s.Keys.Zero() // without its marks the set is of no use: sequence numbers could repeat
 			}
-			s.Out = s.Out.Max(m.Out)
+			s.Counters = s.Counters.Max(m.Counters)
 		}
 		return s, store.Fault{Kind: store.KindSet, Set: id, Err: err}, nil
 	}, v.Fault)
@@ -582,6 +582,33 @@ func load[R any](ctx context.Context, d *DB, b *bbolt.Bucket, visit func(R) erro
 		}
 		step = c.Next
 	}
+}
+
+// SetIDs implements store.Store.
+func (d *DB) SetIDs(ctx context.Context) (ids []uint64, err error) {
+	err = d.call(ctx, "list sets", func() error {
+		return d.db.View(func(tx *bbolt.Tx) error {
+			c := tx.Bucket(bucketSets).Cursor()
+			for key, value := c.First(); key != nil; key, value = c.Next() {
+				id, err := store.ParseSetKey(key)
+				if err == nil && value == nil {
+					err = errors.New("a bucket stands among the records")
+				}
+				if err != nil {
+					return fmt.Errorf("%w: %w", store.ErrCorrupt, err)
+				}
+				if len(ids)%1024 == 0 && ctx.Err() != nil {
+					return ctx.Err()
+				}
+				ids = append(ids, id)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	return ids, nil
 }
 
 // Meta implements store.Store.

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/control/store"
 	"github.com/gmgate/gmgate/control/store/storetest"
 )
@@ -173,7 +174,7 @@ func filled(t testing.TB) []byte {
 			n := i*3 + uint32(round) + 1
 			b.Sets = append(b.Sets, storetest.Set(uint64(n)))
 			b.Registrations = append(b.Registrations, storetest.Registration(n))
-			b.Marks = append(b.Marks, store.Mark{Set: uint64(n), Out: store.Sequences{US: n << 8}})
+			b.Marks = append(b.Marks, store.Mark{Set: uint64(n), Counters: sa.Counters{2: n << 8}})
 		}
 		b.Free = []store.Freed{{Context: store.Context{Index: 9999}, Gen: uint16(round)}}
 		big := storetest.Set(5000 + uint64(round))
@@ -451,7 +452,7 @@ func TestTampering(t *testing.T) {
 	d := openOrFail(t, path)
 	apply(t, d, store.Batch{
 		Sets:          []store.Set{storetest.Set(1), storetest.Set(2), storetest.Set(3), storetest.Set(4)},
-		Marks:         []store.Mark{{Set: 3}, {Set: 4, Out: store.Sequences{US: 1e6}}},
+		Marks:         []store.Mark{{Set: 3}, {Set: 4, Counters: sa.Counters{2: 1e6}}},
 		Registrations: []store.Registration{storetest.Registration(4), storetest.Registration(8)},
 	})
 	closeOrFail(t, d)
@@ -470,7 +471,7 @@ func TestTampering(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(n.Sets) != 1 || n.Sets[0].ID != 4 || n.Sets[0].Out.US != 1e6 || len(n.Registrations) != 1 || n.Registrations[0].Index != 8 {
+	if len(n.Sets) != 1 || n.Sets[0].ID != 4 || n.Sets[0].Counters[2] != 1e6 || len(n.Registrations) != 1 || n.Registrations[0].Index != 8 {
 		t.Errorf("got %+v", n)
 	}
 	var faults []string
@@ -480,10 +481,13 @@ func TestTampering(t *testing.T) {
 	if got, want := fmt.Sprint(faults), fmt.Sprint([]string{"registration 0 4", "set 1 0", "set 2 0", "set 3 0"}); got != want {
 		t.Errorf("got faults %s, want %s", got, want)
 	}
-	if err := d.Checkpoint(t.Context(), []store.Mark{{Set: 3, Out: store.Sequences{UC: 77}}}); err != nil {
+	if ids, err := d.SetIDs(t.Context()); err != nil || fmt.Sprint(ids) != "[1 2 3 4]" {
+		t.Errorf("got ids %v, %v", ids, err)
+	}
+	if err := d.Checkpoint(t.Context(), []store.Mark{{Set: 3, Counters: sa.Counters{3: 77}}}); err != nil {
 		t.Fatal(err)
 	}
-	if n, err = store.Read(t.Context(), d); err != nil || len(n.Sets) != 2 || n.Sets[0].ID != 3 || n.Sets[0].Out.UC != 77 {
+	if n, err = store.Read(t.Context(), d); err != nil || len(n.Sets) != 2 || n.Sets[0].ID != 3 || n.Sets[0].Counters[3] != 77 {
 		t.Errorf("after the marks were replaced: %+v, %v", n.Sets, err)
 	}
 	closeOrFail(t, d)
@@ -491,6 +495,9 @@ func TestTampering(t *testing.T) {
 	d = openOrFail(t, path)
 	if _, err := store.Read(t.Context(), d); !errors.Is(err, store.ErrCorrupt) {
 		t.Errorf("a key of nothing: %v", err)
+	}
+	if _, err := d.SetIDs(t.Context()); !errors.Is(err, store.ErrCorrupt) {
+		t.Errorf("ids with a key of nothing: %v", err)
 	}
 	closeOrFail(t, d)
 }
@@ -514,6 +521,9 @@ func TestCutWhileOpen(t *testing.T) {
 		}
 		if _, err := d.Meta(t.Context()); !errors.Is(err, store.ErrCorrupt) {
 			t.Errorf("meta: %v", err)
+		}
+		if _, err := d.SetIDs(t.Context()); !errors.Is(err, store.ErrCorrupt) {
+			t.Errorf("ids: %v", err)
 		}
 	}
 	closeOrFail(t, d)

@@ -177,7 +177,7 @@ func (m *Memory) Apply(ctx context.Context, b store.Batch) error {
 			if err != nil {
 				return err
 			}
-			k.Out = k.Out.Max(old.Out)
+			k.Counters = k.Counters.Max(old.Counters)
 		}
 		if marks[k.Set], err = m.codec.EncodeMark(k); err != nil {
 			return err
@@ -225,7 +225,7 @@ func (m *Memory) Load(ctx context.Context, v *store.Visitor) error {
 		if err == nil && marks[id] != nil {
 			var k store.Mark
 			k, err = m.codec.DecodeMark(store.SetKey(id), marks[id])
-			s.Out = s.Out.Max(k.Out)
+			s.Counters = s.Counters.Max(k.Counters)
 		}
 		if err != nil {
 			err = fault(store.Fault{Kind: store.KindSet, Set: id, Err: err})
@@ -260,6 +260,15 @@ func contexts[R any](values map[store.Context][]byte, decode func(key, value []b
 		}
 	}
 	return nil
+}
+
+// SetIDs implements store.Store.
+func (m *Memory) SetIDs(ctx context.Context) ([]uint64, error) {
+	if err := m.begin(ctx, false); err != nil {
+		return nil, err
+	}
+	defer m.disk.mu.Unlock()
+	return slices.Sorted(maps.Keys(m.disk.sets)), nil
 }
 
 // Meta implements store.Store.

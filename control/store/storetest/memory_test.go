@@ -30,6 +30,9 @@ func TestMemoryFault(t *testing.T) {
 	if len(n.Sets) != 1 || n.Sets[0].ID != 2 || len(n.Faults) != 1 || n.Faults[0].Set != 1 || n.Faults[0].Kind != store.KindSet {
 		t.Errorf("got %+v", n)
 	}
+	if ids, err := m.SetIDs(t.Context()); err != nil || len(ids) != 2 {
+		t.Errorf("got ids %v, %v", ids, err)
+	}
 }
 
 func TestMemoryFailsAndHangs(t *testing.T) {

@@ -50,7 +50,7 @@ func Set(n uint64) store.Set {
 			Suite: ims.Suite{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC}, Enc: Key(16, byte(n)), Auth: Key(20, byte(n>>8)),
 		},
 		Phase: sa.Established, Deadline: Epoch.Add(time.Hour), Hard: Epoch.Add(time.Hour + time.Minute),
-		Out:        store.Sequences{US: i, UC: i + 1},
+		Counters:   sa.Counters{i + 2, i + 3, i, i + 1},
 		ServerText: fmt.Sprintf("ipsec-3gpp;q=0.9;alg=hmac-sha-1-96;ealg=aes-cbc;prot=esp;mod=trans;spi-c=%d;spi-s=%d;port-c=6110;port-s=6100", i*2+1<<28, i*2+1<<28+1),
 		ClientText: strings.Join(offer, ","),
 		CallID:     fmt.Sprintf("%08x-3f2b-4d5e-9c1a-7b6e5d4c3b2a@10.45.0.9", i),
@@ -71,9 +71,12 @@ func Registration(n uint32) store.Registration {
 	return store.Registration{
 		Context: store.Context{Worker: uint16(n % 4), Index: n}, Gen: uint16(n), IMPI: IMPI(n), Addr: Addr(n),
 		Local: netip.MustParseAddr("10.0.0.5"), State: store.Registered, Current: uint64(n),
-		Identities: []string{
-			fmt.Sprintf("sip:+4930%07d@ims.mnc001.mcc001.3gppnetwork.org", n), fmt.Sprintf("tel:+4930%07d", n),
-		},
+		Bindings: []store.Binding{{
+			IMPU: fmt.Sprintf("sip:+4930%07d@ims.mnc001.mcc001.3gppnetwork.org", n),
+			Associated: []string{
+				fmt.Sprintf("sip:+4930%07d@ims.mnc001.mcc001.3gppnetwork.org", n), fmt.Sprintf("tel:+4930%07d", n),
+			},
+		}},
 		ServiceRoute: []string{"sip:orig@scscf1.ims.mnc001.mcc001.3gppnetwork.org:5060;lr"},
 		Contact:      fmt.Sprintf("sip:%s:31001", Addr(n)), Expires: Epoch.Add(time.Hour),
 	}
@@ -92,8 +95,11 @@ func Equal(a, b store.Set) bool {
 // EqualRegistrations reports whether two registrations are the same as far as a store keeps them.
 func EqualRegistrations(a, b store.Registration) bool {
 	norm := func(r store.Registration) store.Registration {
-		r.Expires = normTime(r.Expires)
-		r.Identities = append([]string(nil), r.Identities...)
+		r.Expires, r.Ended = normTime(r.Expires), normTime(r.Ended)
+		r.Bindings = append([]store.Binding(nil), r.Bindings...)
+		for i := range r.Bindings {
+			r.Bindings[i].Associated = append([]string(nil), r.Bindings[i].Associated...)
+		}
 		r.ServiceRoute = append([]string(nil), r.ServiceRoute...)
 		return r
 	}
@@ -128,6 +134,7 @@ func Run(t *testing.T, impl Implementation) {
 		{"Order", order},
 		{"Generations", generations},
 		{"Marks", marks},
+		{"SetIDs", setIDs},
 		{"Meta", meta},
 		{"AllOrNothing", allOrNothing},
 		{"Retains", retains},
@@ -208,16 +215,27 @@ func roundTrip(t *testing.T, f *fixture) {
 	most.Worker, most.UE, most.Label, most.Serial = 1<<16-1, 1<<32-1, 1<<32-1, 255
 	most.Ports = ims.Ports{UC: 1<<16 - 1, US: 1<<16 - 2, PC: 1<<16 - 3, PS: 1<<16 - 4}
 	most.SPIs = ims.SPIs{UC: 1<<32 - 1, US: 1<<32 - 2, PC: 1<<32 - 3, PS: 1<<32 - 4}
-	most.Out = store.Sequences{US: 1<<32 - 1, UC: 1<<32 - 2}
+	most.Counters = sa.Counters{1<<32 - 3, 1<<32 - 4, 1<<32 - 1, 1<<32 - 2}
 	most.ClientText = strings.Repeat("\x00\xff", store.MaxText/2)
-	most.Over, most.OverTCP, most.Used, most.Removing = 1<<64-1, true, true, true
+	most.Over, most.OverTCP, most.Used, most.Removing, most.Emergency = 1<<64-1, true, true, true, true
 	most.Deadline = Epoch.Add(12345 * time.Microsecond).In(time.FixedZone("", 3600))
+	none := Set(3) // an association without SAs
+	none.Clear, none.Keys, none.SPIs, none.Ports, none.Counters = true, ims.ESPKeys{}, ims.SPIs{}, ims.Ports{}, sa.Counters{}
 	bare := store.Registration{
 		Context: store.Context{Worker: 1<<16 - 1, Index: 1<<32 - 1}, Gen: 1<<16 - 1, State: store.Pending,
 		Addr: netip.MustParseAddr("2001:db8::1"), Local: netip.MustParseAddr("2001:db8::5"),
 	}
-	f.apply(t, store.Batch{Sets: []store.Set{s, least, most}, Registrations: []store.Registration{r, bare}})
-	f.expect(t, store.Snapshot{Sets: []store.Set{s, most, least}, Registrations: []store.Registration{r, bare}})
+	several := Registration(2)
+	several.Bindings = []store.Binding{
+		{IMPU: "sip:b@ims.example"}, {IMPU: "sip:a@ims.example", Associated: []string{"tel:+1", ""}}, {Associated: []string{"x"}},
+	}
+	several.Ended, several.Emergency = Epoch.Add(time.Minute), true
+	f.apply(t, store.Batch{
+		Sets: []store.Set{s, least, most, none}, Registrations: []store.Registration{r, several, bare},
+	})
+	f.expect(t, store.Snapshot{
+		Sets: []store.Set{s, most, none, least}, Registrations: []store.Registration{r, several, bare},
+	})
 }
 
 func replaceAndDelete(t *testing.T, f *fixture) {
@@ -271,36 +289,69 @@ func generations(t *testing.T, f *fixture) {
 
 func marks(t *testing.T, f *fixture) {
 	s := Set(1)
-	s.Out = store.Sequences{US: 10, UC: 20}
+	s.Counters = sa.Counters{30, 40, 10, 20}
 	other := Set(2)
 	f.apply(t, store.Batch{Sets: []store.Set{s, other}})
-	for _, tt := range []struct{ mark, want store.Sequences }{
-		{store.Sequences{US: 5, UC: 5}, store.Sequences{US: 10, UC: 20}},
-		{store.Sequences{US: 5, UC: 25}, store.Sequences{US: 10, UC: 25}},
-		{store.Sequences{US: 100, UC: 7}, store.Sequences{US: 100, UC: 25}},
-		{store.Sequences{US: 99, UC: 24}, store.Sequences{US: 100, UC: 25}},
-		{store.Sequences{US: 1<<32 - 1, UC: 25}, store.Sequences{US: 1<<32 - 1, UC: 25}},
+	for _, tt := range []struct{ mark, want sa.Counters }{
+		{sa.Counters{5, 5, 5, 5}, sa.Counters{30, 40, 10, 20}},
+		{sa.Counters{5, 45, 5, 25}, sa.Counters{30, 45, 10, 25}},
+		{sa.Counters{300, 7, 100, 7}, sa.Counters{300, 45, 100, 25}},
+		{sa.Counters{299, 44, 99, 24}, sa.Counters{300, 45, 100, 25}},
+		{sa.Counters{1<<32 - 1, 45, 1<<32 - 1, 25}, sa.Counters{1<<32 - 1, 45, 1<<32 - 1, 25}},
 	} {
-		if err := f.s.Checkpoint(t.Context(), []store.Mark{{Set: 77, Out: tt.mark}, {Set: 1, Out: tt.mark}}); err != nil {
+		if err := f.s.Checkpoint(t.Context(), []store.Mark{{Set: 77, Counters: tt.mark}, {Set: 1, Counters: tt.mark}}); err != nil {
 			t.Fatalf("checkpoint: %v", err)
 		}
 		want := s
-		want.Out = tt.want
+		want.Counters = tt.want
 		f.expect(t, store.Snapshot{Sets: []store.Set{want, other}})
 	}
 	// A set that is written again with what was known when it was made does not lose its marks.
 	f.apply(t, store.Batch{Sets: []store.Set{s}})
 	want := s
-	want.Out = store.Sequences{US: 1<<32 - 1, UC: 25}
+	want.Counters = sa.Counters{1<<32 - 1, 45, 1<<32 - 1, 25}
 	f.expect(t, store.Snapshot{Sets: []store.Set{want, other}})
 	// A set that goes takes them along, and so does one that is replaced by a delete and a put.
 	f.apply(t, store.Batch{DeleteSets: []uint64{1}, Sets: []store.Set{s}})
 	f.expect(t, store.Snapshot{Sets: []store.Set{s, other}})
 	// Marks of a batch count after its puts.
-	f.apply(t, store.Batch{Sets: []store.Set{Set(3)}, Marks: []store.Mark{{Set: 3, Out: store.Sequences{US: 1000, UC: 2000}}}})
+	f.apply(t, store.Batch{Sets: []store.Set{Set(3)}, Marks: []store.Mark{{Set: 3, Counters: sa.Counters{3000, 4000, 1000, 2000}}}})
 	third := Set(3)
-	third.Out = store.Sequences{US: 1000, UC: 2000}
+	third.Counters = sa.Counters{3000, 4000, 1000, 2000}
 	f.expect(t, store.Snapshot{Sets: []store.Set{s, other, third}})
+}
+
+// SetIDs lists what is stored, in the order of the ids and not of their coming.
+func setIDs(t *testing.T, f *fixture) {
+	check := func(want ...uint64) {
+		t.Helper()
+		for _, when := range []string{"now", "opened again"} {
+			if when != "now" {
+				f.s = f.impl.Reopen(t, f.s)
+			}
+			if got, err := f.s.SetIDs(t.Context()); err != nil || !slices.Equal(got, want) {
+				t.Errorf("%s: got %v, %v; want %v", when, got, err, want)
+			}
+		}
+	}
+	check()
+	f.apply(t, store.Batch{
+		Sets:          []store.Set{Set(1<<64 - 1), Set(0x100), Set(2), Set(0xff)},
+		Registrations: []store.Registration{Registration(7)},
+		Marks:         []store.Mark{{Set: 2}, {Set: 9}}, // which no set is of
+	})
+	check(2, 0xff, 0x100, 1<<64-1)
+	f.apply(t, store.Batch{Sets: []store.Set{Set(2), Set(3)}, DeleteSets: []uint64{0x100, 3}})
+	check(2, 3, 0xff, 1<<64-1)
+	var sets []store.Set
+	want := []uint64{2, 3, 0xff}
+	for id := uint64(1000); id < 3000; id++ {
+		sets, want = append(sets, store.Set{
+			ID: id, Addr: Addr(1), Local: Addr(2), Phase: sa.Established, Clear: true,
+		}), append(want, id)
+	}
+	f.apply(t, store.Batch{Sets: sets})
+	check(append(want, 1<<64-1)...)
 }
 
 func meta(t *testing.T, f *fixture) {
@@ -311,14 +362,14 @@ func meta(t *testing.T, f *fixture) {
 			t.Fatalf("meta: %v", err)
 		}
 		if got.Schema != store.Schema || !slices.Equal(got.TokenKey, want.TokenKey) || got.TokenEpoch != want.TokenEpoch ||
-			got.Instance != want.Instance || got.Clean != want.Clean {
+			got.Instance != want.Instance || got.Workers != want.Workers || got.Clean != want.Clean {
 			t.Errorf("got %+v, want %+v", got, want)
 		}
 	}
 	check(store.Meta{})
 	for _, m := range []store.Meta{
 		{TokenKey: Key(16, 7), TokenEpoch: 1, Instance: "edge1"},
-		{Schema: 99, TokenKey: Key(16, 8), TokenEpoch: 1<<32 - 1, Instance: "edge2", Clean: true},
+		{Schema: 99, TokenKey: Key(16, 8), TokenEpoch: 1<<32 - 1, Instance: "edge2", Workers: 1<<16 - 1, Clean: true},
 	} {
 		if err := f.s.SetMeta(t.Context(), m); err != nil {
 			t.Fatalf("set meta: %v", err)
@@ -330,7 +381,7 @@ func meta(t *testing.T, f *fixture) {
 	if err := f.s.SetMeta(t.Context(), store.Meta{TokenKey: Key(store.MaxKey+1, 1)}); !errors.Is(err, store.ErrInvalid) {
 		t.Errorf("key that is too long: %v", err)
 	}
-	check(store.Meta{TokenKey: Key(16, 8), TokenEpoch: 1<<32 - 1, Instance: "edge2", Clean: true})
+	check(store.Meta{TokenKey: Key(16, 8), TokenEpoch: 1<<32 - 1, Instance: "edge2", Workers: 1<<16 - 1, Clean: true})
 }
 
 // A batch with one bad record changes nothing, wherever that stands.
@@ -343,6 +394,7 @@ func allOrNothing(t *testing.T, f *fixture) {
 	}
 	for name, spoil := range map[string]func(b *store.Batch){
 		"phase":    func(b *store.Batch) { b.Sets = append(b.Sets, Set(3)); b.Sets[1].Phase = sa.Dead },
+		"clear":    func(b *store.Batch) { b.Sets[0].Clear = true },
 		"text":     func(b *store.Batch) { b.Sets[0].CallID = strings.Repeat("x", store.MaxText+1) },
 		"address":  func(b *store.Batch) { b.Registrations[0].Addr = netip.Addr{} },
 		"index":    func(b *store.Batch) { b.Free[0].Index = 0 },
@@ -366,10 +418,10 @@ func retains(t *testing.T, f *fixture) {
 	wantSet, wantReg := *s.Clone(), *r.Clone()
 	f.apply(t, store.Batch{Sets: []store.Set{s}, Registrations: []store.Registration{r}})
 	s.Keys.Zero()
-	r.Identities[0] = "changed"
+	r.Bindings[0].Associated[0], r.Bindings[0].IMPU = "changed", "changed"
 	n := f.read(t)
 	n.Sets[0].Keys.Zero()
-	n.Registrations[0].Identities[0] = "changed"
+	n.Registrations[0].Bindings[0].Associated[0] = "changed"
 	f.expect(t, store.Snapshot{Sets: []store.Set{wantSet}, Registrations: []store.Registration{wantReg}})
 	key := Key(16, 1)
 	if err := f.s.SetMeta(t.Context(), store.Meta{TokenKey: key}); err != nil {
@@ -418,11 +470,13 @@ func cancelled(t *testing.T, f *fixture) {
 	f.apply(t, store.Batch{Sets: []store.Set{Set(1)}})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
+	_, idsErr := f.s.SetIDs(ctx)
 	_, metaErr := f.s.Meta(ctx)
 	for name, err := range map[string]error{
 		"apply":      f.s.Apply(ctx, store.Batch{Sets: []store.Set{Set(2)}}),
-		"checkpoint": f.s.Checkpoint(ctx, []store.Mark{{Set: 1, Out: store.Sequences{US: 1 << 30}}}),
+		"checkpoint": f.s.Checkpoint(ctx, []store.Mark{{Set: 1, Counters: sa.Counters{2: 1 << 30}}}),
 		"load":       f.s.Load(ctx, &store.Visitor{Set: func(store.Set) error { return nil }}),
+		"set ids":    idsErr,
 		"meta":       metaErr,
 		"set meta":   f.s.SetMeta(ctx, store.Meta{Clean: true}),
 	} {
@@ -478,11 +532,13 @@ func closed(t *testing.T, f *fixture) {
 			t.Errorf("close: %v", err)
 		}
 	}
+	_, idsErr := f.s.SetIDs(t.Context())
 	_, metaErr := f.s.Meta(t.Context())
 	for name, err := range map[string]error{
 		"apply":      f.s.Apply(t.Context(), store.Batch{Sets: []store.Set{Set(2)}}),
 		"checkpoint": f.s.Checkpoint(t.Context(), []store.Mark{{Set: 1}}),
 		"load":       f.s.Load(t.Context(), &store.Visitor{}),
+		"set ids":    idsErr,
 		"meta":       metaErr,
 		"set meta":   f.s.SetMeta(t.Context(), store.Meta{}),
 	} {
