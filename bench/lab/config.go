@@ -38,6 +38,8 @@ type DaemonOptions struct {
 	OldSet          time.Duration
 	RegisterTimeout time.Duration
 	HealthInterval  time.Duration // negative: switched off
+	StorePath       string        // store.path; empty: nothing is kept
+	Reconcile       time.Duration // store.reconcile_interval
 	LogLevel        string        // default info
 }
 
@@ -89,6 +91,8 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 		duration(&b, "  lifetime_margin", o.LifetimeMargin)
 		duration(&b, "  old_set", o.OldSet)
 	}
+	fmt.Fprintf(&b, "store:\n  path: %q\n", o.StorePath)
+	duration(&b, "  reconcile_interval", o.Reconcile)
 	if o.Backend != "" {
 		fmt.Fprintf(&b, "esp:\n  backend: %s\n", o.Backend)
 	}

@@ -36,6 +36,7 @@ type Config struct {
 	Mw       Mw
 	Limits   Limits
 	Timers   Timers
+	Store    Store
 	ESP      ESP
 	Metrics  Metrics
 	Log      Log
@@ -111,6 +112,14 @@ type Timers struct {
 	RegAwaitAuth   time.Duration
 	LifetimeMargin time.Duration
 	OldSet         time.Duration
+}
+
+// Store is where registrations and SA sets are kept over a restart.
+type Store struct {
+	Path       string // of the database; empty: nothing is kept
+	KeyFile    string // empty: Path with the suffix .key
+	Credential string // name of a service manager's credential that holds the key, instead of KeyFile
+	Reconcile  time.Duration
 }
 
 // ESP is the ESP backend.
@@ -225,6 +234,7 @@ func Default() *Config {
 		},
 		Limits:  Limits{PendingRegistrations: 20000, PendingPerSource: 32},
 		Timers:  Timers{RegAwaitAuth: 4 * time.Minute, LifetimeMargin: 30 * time.Second, OldSet: 128 * time.Second},
+		Store:   Store{Path: "/var/lib/gmgate/gmgate.db", Reconcile: time.Minute},
 		ESP:     ESP{Backend: BackendAuto, ReplayWindow: 256, TunMTU: 9000},
 		Metrics: Metrics{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
 		Log:     Log{Level: slog.LevelInfo, Format: FormatText},

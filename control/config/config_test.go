@@ -146,7 +146,7 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 			t.Errorf("%s is neither a section nor a value", path)
 		}
 	})
-	if n != 47 {
+	if n != 51 {
 		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
 	}
 	// Every key differs from its default in everything.yaml, so that none is read into another's place.
@@ -201,6 +201,7 @@ func TestFields(t *testing.T) {
 		},
 		Limits:  Limits{PendingRegistrations: 5000, PendingPerSource: 8},
 		Timers:  Timers{RegAwaitAuth: 3 * time.Minute, LifetimeMargin: 10 * time.Second, OldSet: 64 * time.Second},
+		Store:   Store{KeyFile: "/etc/gmgate/store.key", Credential: "gmgate-store", Reconcile: 30 * time.Second},
 		ESP:     ESP{Backend: BackendUserspace, ReplayWindow: 1024, TunMTU: 1500},
 		Metrics: Metrics{Pprof: true},
 		Log:     Log{Level: slog.LevelDebug, Format: FormatJSON},

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -149,6 +150,21 @@ func schema() []field {
 			durationField("old_set", "A replaced SA set is kept this long for what is still on its way.",
 				func(c *Config) *time.Duration { return &c.Timers.OldSet }, 1),
 		}},
+		{key: "store", doc: "Where registrations and SA sets are kept, so that a restart loses none.", sub: []field{
+			textField("path", "Database file; \"\" keeps nothing. Its directory is made if it is missing.",
+				func(c *Config) *string { return &c.Store.Path }, pathFault),
+			textField("key_file", "File of the key that seals the keys in the database, made if it is missing. Default: path with .key\nat its end.",
+				func(c *Config) *string { return &c.Store.KeyFile }, pathFault),
+			textField("credential", "Name of a credential of systemd (LoadCredentialEncrypted=) that holds that key; it goes before key_file.",
+				func(c *Config) *string { return &c.Store.Credential }, func(s string) string {
+					if strings.ContainsRune(s, '/') || s == "." || s == ".." {
+						return "not the name of a credential"
+					}
+					return ""
+				}),
+			durationField("reconcile_interval", "How often workers, ESP backend and database are compared and sequence numbers are kept.",
+				func(c *Config) *time.Duration { return &c.Store.Reconcile }, time.Second),
+		}},
 		{key: "esp", doc: "ESP backend.", sub: []field{
 			enumField("backend", "auto: the kernel's ESP (xfrm) if it has one, otherwise userspace.",
 				func(c *Config) *Backend { return &c.ESP.Backend }, BackendAuto, BackendXFRM, BackendUserspace),
@@ -258,6 +274,8 @@ func durationField(key, doc string, at func(*Config) *time.Duration, lowest time
 		switch {
 		case v < 0:
 			return fmt.Sprintf("%s is negative", v)
+		case v < lowest && lowest > 1:
+			return fmt.Sprintf("%s is less than %s", v, lowest)
 		case v < lowest:
 			return "must be longer than zero"
 		}
@@ -723,6 +741,14 @@ func validName(s string) bool {
 	}
 	top := labels[len(labels)-1]
 	return top[0] < '0' || top[0] > '9' // so that 10.0.0.256 is no name
+}
+
+// pathFault says why s is no path of a file, or nothing.
+func pathFault(s string) string {
+	if s != "" && !filepath.IsAbs(s) {
+		return "not an absolute path"
+	}
+	return ""
 }
 
 func validInstance(s string) bool {

@@ -29,6 +29,7 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 		w.refuse(f, nil, 403, "Forbidden", "Route: flow token is not ours", observe.ReasonForgedToken)
 		return
 	}
+	t = w.cfg.renamed(t)
 	if int(t.worker) != w.id {
 		if int(t.worker) >= w.cfg.Workers || f.Conn != 0 || w.eg.Hand(int(t.worker), f, m.Bytes()) != nil {
 			w.refuse(f, nil, 430, "Flow Failed", "Route: no such flow", observe.ReasonStaleToken)

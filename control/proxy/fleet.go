@@ -1,14 +1,17 @@
 package proxy
 
 import (
+	"context"
+	"fmt"
 	"net/netip"
 	"sync"
 
 	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/control/sa"
 )
 
-// Fleet lets the workers of one process tell each other what concerns a phone that another of them owns. That is rare, and
-// never on the way of a message. The zero value is ready; it is safe for concurrent use.
+// Fleet lets the workers of one process tell each other what concerns a phone that another of them owns, and others ask
+// all of them. That is rare, and never on the way of a message. The zero value is ready; it is safe for concurrent use.
 type Fleet struct {
 	mu      sync.RWMutex
 	workers []*Worker // those that have booted
@@ -22,13 +25,63 @@ func (f *Fleet) join(w *Worker) {
 
 // others runs do on the loop of every other worker.
 func (f *Fleet) others(self *Worker, do func(*Worker)) {
+	f.all(func(w *Worker) {
+		if w != self {
+			do(w)
+		}
+	})
+}
+
+// all runs do on the loop of every worker.
+func (f *Fleet) all(do func(*Worker)) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	for _, w := range f.workers {
-		if w != self {
-			_ = w.eg.Post(func() { do(w) }) // a loop that has ended has no phones left
+		_ = w.eg.Post(func() { do(w) }) // a loop that has ended has no phones left
+	}
+}
+
+// walkTurn is how many UE contexts a loop looks at in one go, between messages.
+const walkTurn = 256
+
+// walk shows visit every UE context, each on the loop of its worker, one loop at a time.
+func (f *Fleet) walk(ctx context.Context, visit func(*Worker, *registrar.UE)) error {
+	f.mu.RLock()
+	workers := append([]*Worker(nil), f.workers...)
+	f.mu.RUnlock()
+	for _, w := range workers {
+		for next := uint32(1); next != 0; {
+			turn := make(chan uint32, 1)
+			from := next
+			if err := w.eg.Post(func() {
+				turn <- w.table.Walk(from, walkTurn, func(u *registrar.UE) { visit(w, u) })
+			}); err != nil {
+				return fmt.Errorf("ask worker %d: %w", w.id, err)
+			}
+			select {
+			case next = <-turn:
+			case <-ctx.Done():
+				return fmt.Errorf("ask worker %d: %w", w.id, context.Cause(ctx))
+			}
 		}
 	}
+	return nil
+}
+
+// Sets returns the ids of the SA sets which the workers believe the backend to hold, each with whether the store keeps it.
+func (f *Fleet) Sets(ctx context.Context) (map[uint64]bool, error) {
+	sets := make(map[uint64]bool)
+	err := f.walk(ctx, func(_ *Worker, u *registrar.UE) {
+		for _, s := range u.Sets {
+			if s.Phase != sa.Reserved {
+				sets[s.ID] = s.Kept()
+			}
+		}
+	})
+	if err != nil {
+		return nil, err // what visit has written so far may still be written to
+	}
+	return sets, nil
 }
 
 // moved ends the registrations that a phone has at other addresses: it has registered at a new one, without the outbound

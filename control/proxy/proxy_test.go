@@ -101,8 +101,9 @@ type rig struct {
 	t       testing.TB
 	w       *Worker
 	l       *loop
-	backend satest.Backend
+	backend *satest.Backend
 	metrics *observe.Metrics
+	cfg     *Config
 }
 
 func newRig(t testing.TB, change ...func(*Config)) *rig {
@@ -128,15 +129,22 @@ func newRig(t testing.TB, change ...func(*Config)) *rig {
 	for _, c := range change {
 		c(cfg)
 	}
-	r := &rig{
-		t: t, metrics: observe.New(1),
-		l: &loop{now: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), conns: make(map[ims.ConnID]bool)},
-	}
-	if r.w, err = New(cfg, 0, &r.backend, r.metrics, slog.New(slog.DiscardHandler)); err != nil {
-		t.Fatal(err)
-	}
-	r.w.Boot(r.l)
+	r := &rig{t: t, cfg: cfg, backend: new(satest.Backend)}
+	r.boot(time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), nil)
 	return r
+}
+
+// boot starts the worker with what is kept of a run before.
+func (r *rig) boot(now time.Time, k *Kept) {
+	r.t.Helper()
+	r.metrics, r.l = observe.New(1), &loop{now: now, conns: make(map[ims.ConnID]bool)}
+	var err error
+	if r.w, err = New(r.cfg, 0, r.backend, r.metrics, slog.New(slog.DiscardHandler)); err != nil {
+		r.t.Fatal(err)
+	}
+	r.w.Restore(k)
+	r.w.Boot(r.l)
+	r.settle()
 }
 
 // settle lets the backend and the loop do what is waiting.

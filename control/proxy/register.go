@@ -49,9 +49,11 @@ type regTx struct {
 	dereg              bool   // asks for de-registration
 	response           bool   // carried a challenge response
 
-	offer    *secagree.Offer // chosen mechanism; nil without Security-Client
-	client   secagree.List
-	replaced bool // a newer REGISTER of the same UE is under way: its 401 must not make SAs
+	offer  *secagree.Offer // chosen mechanism; nil without Security-Client
+	client secagree.List
+	// clientText is the Security-Client that the offer is from, one header row per line.
+	clientText string
+	replaced   bool // a newer REGISTER of the same UE is under way: its 401 must not make SAs
 
 	req   []byte // as received, to answer it
 	fwd   []byte // as sent to the core
@@ -185,11 +187,12 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 	if err := w.readContact(tx); err != nil {
 		return refuse(400, "Bad Request", "Contact: "+err.Error(), observe.ReasonMalformed)
 	}
-	client, err := secagree.Parse(w.values(sipmsg.SecurityClient)...)
+	rows := w.values(sipmsg.SecurityClient)
+	client, err := secagree.Parse(rows...)
 	if err != nil {
 		return refuse(400, "Bad Request", "Security-Client: "+err.Error(), observe.ReasonBadSecurityClient)
 	}
-	tx.client = client
+	tx.client, tx.clientText = client, unfolded(rows)
 	if s != nil {
 		if !w.checkProtected(tx, s, via, refuse) {
 			return nil
@@ -331,6 +334,15 @@ func (w *Worker) values(id sipmsg.HeaderID) []string {
 		}
 	}
 	return v
+}
+
+// unfolded joins header rows, one per line: the folds within a row become spaces (RFC 3261 §7.3.1).
+func unfolded(rows []string) string {
+	lines := make([]string, len(rows))
+	for i, r := range rows {
+		lines[i] = strings.NewReplacer("\r\n", " ", "\r", " ", "\n", " ").Replace(r)
+	}
+	return strings.Join(lines, "\n")
 }
 
 // requires reports whether Require or Proxy-Require holds an option tag.
@@ -661,7 +673,7 @@ func (w *Worker) challenged(tx *regTx) {
 	if s.Server, err = secagree.Parse(s.ServerText); err != nil {
 		w.log.Error("own Security-Server does not parse", "error", err)
 	}
-	s.Client, s.CallID, s.IMPU = tx.client, tx.callID, tx.impu
+	s.Client, s.ClientText, s.CallID, s.IMPU = tx.client, tx.clientText, tx.callID, tx.impu
 	w.e.Insert(at, "Security-Server: ", s.ServerText, "\r\n")
 	if !w.finish() {
 		w.table.Drop(s, 0)
@@ -715,6 +727,7 @@ func (w *Worker) registered(tx *regTx) {
 		w.obs.Registration(observe.RegDereg, true)
 		if s.UE.Unbind(tx.impu) { // another public identity is registered over the same set
 			w.assertIdentities(s.UE)
+			w.table.Changed(s.UE)
 			return
 		}
 		w.table.Deregister(s.UE, w.cfg.Registrar.OldSet)
@@ -832,6 +845,11 @@ func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 	if slices.Equal(routes, u.ServiceRoute) && (u.NextHop.IsValid() || len(routes) == 0) {
 		return
 	}
+	w.setServiceRoute(u, routes)
+}
+
+// setServiceRoute prepares the preloaded route of initial requests (RFC 3608 §6.1).
+func (w *Worker) setServiceRoute(u *registrar.UE, routes []string) {
 	u.ServiceRoute, u.ServiceHosts, u.RouteRow, u.NextHop = routes, nil, "", ims.Hop{}
 	if len(routes) == 0 {
 		return

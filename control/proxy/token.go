@@ -31,6 +31,25 @@ type token struct {
 	called bool // tokenPath in Record-Route: the UE is the called side of the dialog
 }
 
+// Name is what a flow token calls a UE context.
+type Name struct {
+	Worker uint8
+	UE     uint32
+	Gen    uint16
+}
+
+// renamed returns the token with the present name of its UE context: a token lives as long as the registration or dialog
+// that it stands in, over restarts with another number of workers.
+func (c *Config) renamed(t token) token {
+	if len(c.Moved) == 0 {
+		return t
+	}
+	if n, ok := c.Moved[Name{t.worker, t.ue, t.gen}]; ok {
+		t.worker, t.ue, t.gen = n.Worker, n.UE, n.Gen
+	}
+	return t
+}
+
 // channel says how a request of a UE came in, which decides how the answer goes out.
 type channel uint8
 

@@ -44,7 +44,7 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 	r := w.popRoutes()
 	if r.token != nil { // an in-dialog request comes by our Record-Route entry, which must be this UE's
 		t, ok := w.seal.open(&w.sc, r.token)
-		if !ok || t.kind != tokenPath || int(t.worker) != w.id || t.ue != u.Index || t.gen != u.Gen {
+		if t = w.cfg.renamed(t); !ok || t.kind != tokenPath || int(t.worker) != w.id || t.ue != u.Index || t.gen != u.Gen {
 			w.refuse(f, s, 403, "Forbidden", "Route: flow token is not of this UE", observe.ReasonForgedToken)
 			return
 		}

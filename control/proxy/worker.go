@@ -11,6 +11,7 @@ import (
 	"github.com/gmgate/gmgate/control/observe"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/store"
 	"github.com/gmgate/gmgate/control/wheel"
 	"github.com/gmgate/gmgate/dataplane/sipmsg"
 )
@@ -49,7 +50,9 @@ type Config struct {
 	RegisterTimeout time.Duration
 	HealthInterval  time.Duration // zero: no OPTIONS to the next hops
 
-	Fleet    *Fleet // joins the workers of the process; nil for a single one
+	Store    *store.Writer // keeps registrations over a restart; nil: nothing is kept
+	Fleet    *Fleet        // joins the workers of the process; nil for a single one
+	Moved    map[Name]Name // UE contexts that a change of the number of workers has given another name
 	TokenKey ims.Key
 	SPIFirst ims.SPI
 	SPILast  ims.SPI
@@ -91,6 +94,7 @@ type Worker struct {
 
 	wheel *wheel.Wheel
 	table *registrar.Table
+	kept  *Kept // to be restored by Boot
 	inst  sa.Installer
 	spis  *sa.SPIPool
 
@@ -156,6 +160,10 @@ func (w *Worker) Boot(eg Egress) {
 	w.eg = eg
 	w.wheel = wheel.New(wheelTick, eg.Now())
 	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Post, setObserver{w})
+	if w.cfg.Store != nil {
+		w.table.Keep(journal{w})
+	}
+	w.restore()
 	w.startHealth()
 	if w.cfg.Fleet != nil {
 		w.cfg.Fleet.join(w)

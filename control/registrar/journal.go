@@ -164,6 +164,9 @@ func (t *Table) reserve(index uint32) {
 
 func (u *UE) key() ueKey { return ueKey{u.IMPI, u.Addr} }
 
+// Kept reports whether the journal keeps the set.
+func (s *Set) Kept() bool { return s.kept }
+
 // Expired is told that the backend has let a set go because its hard limit had passed. It counts as removed.
 func (t *Table) Expired(id uint64) bool {
 	s := t.byID(id)

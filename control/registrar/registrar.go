@@ -197,6 +197,9 @@ type Set struct {
 // Dropped reports whether the set was told to go.
 func (s *Set) Dropped() bool { return s.removing }
 
+// HardLimit returns when the backend removes the set by itself, should nobody else have done it.
+func (s *Set) HardLimit() time.Time { return s.Deadline.Add(hardMargin) }
+
 // Live reports whether messages may use the set.
 func (s *Set) Live() bool { return s.Phase.Live() }
 

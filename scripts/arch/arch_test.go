@@ -41,8 +41,9 @@ var allowed = map[string][]string{
 	"control/registrar": {"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel"},
 	"control/proxy": {
 		"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel", "control/registrar",
-		"control/observe", "dataplane/sipmsg",
+		"control/observe", "control/store", "dataplane/sipmsg",
 	},
+	"control/survive":  {"control/ims", "control/sa", "control/store"},
 	"dataplane":        {"control/ims", "control/sa", "dataplane"},
 	"dataplane/sipmsg": {"control/ims", "dataplane/sipmsg"},
 	"dataplane/esp":    {"control/ims"},

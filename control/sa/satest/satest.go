@@ -2,7 +2,9 @@
 package satest
 
 import (
+	"context"
 	"errors"
+	"maps"
 	"sync"
 	"time"
 
@@ -18,7 +20,7 @@ type key struct {
 	spi ims.SPI
 }
 
-// Backend is an sa.Installer in memory. Answers are queued until Answer is called, so a test decides when the backend
+// Backend is an sa.Backend in memory. Answers are queued until Answer is called, so a test decides when the backend
 // answers. The zero value is ready. Safe for concurrent use.
 type Backend struct {
 	// Fail, if set, is asked before each Install; an error refuses the set.
@@ -26,14 +28,20 @@ type Backend struct {
 	// FailExtend, if set, is asked before each Extend.
 	FailExtend func(p sa.Params) error
 
+	// Foreign is what Adopt tells of the SPIs of others.
+	Foreign []ims.SPI
+
 	mu      sync.Mutex
 	sas     map[key]sa.SA
+	sets    map[uint64]sa.Params
 	pending []func()
 
 	Installed []sa.Params // every Install, in order
 	Removed   []sa.Params
 	Extended  []sa.Params
 }
+
+var _ sa.Backend = (*Backend)(nil)
 
 // Install implements sa.Installer.
 func (b *Backend) Install(p sa.Params, done func(error)) {
@@ -52,6 +60,9 @@ func (b *Backend) install(p sa.Params) error {
 	if b.sas == nil {
 		b.sas = make(map[key]sa.SA)
 	}
+	if b.sets == nil {
+		b.sets = make(map[uint64]sa.Params)
+	}
 	for _, s := range p.SAs() {
 		if _, ok := b.sas[keyOf(s)]; ok {
 			return ErrExists
@@ -60,6 +71,7 @@ func (b *Backend) install(p sa.Params) error {
 	for _, s := range p.SAs() {
 		b.sas[keyOf(s)] = s
 	}
+	b.sets[p.ID] = p
 	b.Installed = append(b.Installed, p)
 	return nil
 }
@@ -73,6 +85,7 @@ func (b *Backend) Remove(p sa.Params, done func(error)) {
 		for _, s := range p.SAs() {
 			delete(b.sas, keyOf(s))
 		}
+		delete(b.sets, p.ID)
 		b.Removed = append(b.Removed, p)
 		b.mu.Unlock()
 		done(nil)
@@ -129,4 +142,82 @@ func (b *Backend) Answer() int {
 			n++
 		}
 	}
+}
+
+// Adopt implements sa.Backend: sets of which all four SAs are there are adopted, every other SA goes.
+func (b *Backend) Adopt(_ context.Context, sets []sa.Params) (sa.Adoption, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	a := sa.Adoption{Foreign: b.Foreign}
+	kept := make(map[key]sa.SA)
+	b.sets = make(map[uint64]sa.Params)
+	for _, p := range sets {
+		whole := true
+		for _, s := range p.SAs() {
+			whole = whole && b.sas[keyOf(s)] == s
+		}
+		if !whole {
+			continue
+		}
+		a.Adopted = append(a.Adopted, p.ID)
+		p.Keys = p.Keys.Clone()
+		b.sets[p.ID] = p
+		for _, s := range p.SAs() {
+			kept[keyOf(s)] = s
+		}
+	}
+	a.Removed = len(b.sas) - len(kept)
+	b.sas = kept
+	return a, nil
+}
+
+// Survey implements sa.Backend. Counters are those that the set was installed with, or what Sent has made of them.
+func (b *Backend) Survey(context.Context) (sa.Survey, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	v := sa.Survey{Sets: make(map[uint64]sa.Counters)}
+	known := 0
+	for id, p := range b.sets {
+		n := 0
+		for _, s := range p.SAs() {
+			if b.sas[keyOf(s)] == s {
+				n++
+			}
+		}
+		known += n
+		if n < 4 {
+			v.Missing = append(v.Missing, id)
+			continue
+		}
+		v.Sets[id] = p.Counters
+	}
+	v.Orphans = len(b.sas) - known
+	return v, nil
+}
+
+// Detach implements sa.Backend.
+func (b *Backend) Detach() error { return nil }
+
+// Sent says how far the SAs of an installed set have come.
+func (b *Backend) Sent(id uint64, c sa.Counters) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	p := b.sets[id]
+	p.Counters = c
+	b.sets[id] = p
+}
+
+// Lose takes an SA of a set away, as an operator with ip-xfrm would.
+func (b *Backend) Lose(s sa.SA) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.sas, keyOf(s))
+}
+
+// Restarted returns a backend that holds the SAs of b and knows nothing of sets, as the kernel after a restart of the
+// process.
+func (b *Backend) Restarted() *Backend {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return &Backend{sas: maps.Clone(b.sas)}
 }

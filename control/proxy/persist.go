@@ -1,0 +1,182 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/secagree"
+	"github.com/gmgate/gmgate/control/store"
+)
+
+// Kept is what a worker takes over from the store. The backend holds the SAs of the sets.
+type Kept struct {
+	UEs    []KeptUE
+	Freed  []store.Freed
+	LastID uint64 // highest set id that this worker has given out
+}
+
+// KeptUE is one UE context with its sets.
+type KeptUE struct {
+	store.Registration
+	Sets []store.Set
+}
+
+// Restore says what the worker begins with. Call it before Boot.
+func (w *Worker) Restore(k *Kept) { w.kept = k }
+
+// Reserve keeps an SPI from being given out: of somebody else, or of a set that was restored. Call it before Boot.
+func (w *Worker) Reserve(spi ims.SPI) { w.spis.Reserve(spi) }
+
+// restore fills the table from the store. What does not fit in is removed from backend and store: the phone registers
+// anew.
+func (w *Worker) restore() {
+	k := w.kept
+	if k == nil {
+		return
+	}
+	w.kept = nil
+	for i := range k.UEs {
+		u := &k.UEs[i]
+		if err := w.restoreUE(u); err != nil {
+			w.log.Error("UE context not restored", "impi", u.IMPI, "ue", u.Addr, "error", err)
+			for j := range u.Sets {
+				w.inst.Remove(sa.Params{
+					ID: u.Sets[j].ID, Local: u.Local, UE: u.Addr, Ports: u.Sets[j].Ports, SPIs: u.Sets[j].SPIs,
+				}, func(error) {})
+				_ = w.cfg.Store.DeleteSet(u.Sets[j].ID) // the writer ends after the workers
+			}
+			_ = w.cfg.Store.Free(store.Freed{Context: u.Context, Gen: u.Gen})
+		}
+	}
+	for _, f := range k.Freed {
+		w.table.Retire(f.Index, f.Gen)
+	}
+	w.table.Resume(k.LastID)
+}
+
+func (w *Worker) restoreUE(k *KeptUE) error {
+	u := &registrar.UE{
+		Index: k.Index, Gen: k.Gen, IMPI: k.IMPI, Addr: k.Addr, Local: k.Local, State: registrar.State(k.State),
+		Contact: k.Contact, Expires: k.Expires, Ended: k.Ended,
+	}
+	for _, b := range k.Bindings {
+		u.Bindings = append(u.Bindings, registrar.Binding(b))
+	}
+	byID := make(map[uint64]*registrar.Set, len(k.Sets))
+	removing := make(map[*registrar.Set]bool)
+	for i := range k.Sets {
+		r := &k.Sets[i]
+		s := &registrar.Set{
+			Params: r.Params(w.eg.Now()), Phase: r.Phase, Serial: r.Serial, ServerText: r.ServerText,
+			ClientText: r.ClientText, CallID: r.CallID, IMPU: r.IMPU, Over: byID[r.Over], OverTCP: r.OverTCP, Used: r.Used,
+			Deadline: r.Deadline,
+		}
+		r.Keys.Zero() // Params has made a copy
+		s.Label, s.Counters = label(w.id, u.Index), r.Counters
+		var err error
+		if s.Server, err = secagree.Parse(s.ServerText); err != nil {
+			return fmt.Errorf("read Security-Server of set %#x: %w", r.ID, err)
+		}
+		if s.Client, err = secagree.Parse(strings.Split(s.ClientText, "\n")...); err != nil {
+			return fmt.Errorf("read Security-Client of set %#x: %w", r.ID, err)
+		}
+		byID[r.ID], removing[s] = s, r.Removing
+		u.Sets = append(u.Sets, s)
+	}
+	u.Current = byID[k.Current]
+	if err := w.table.Restore(u, func(s *registrar.Set) bool { return removing[s] }); err != nil {
+		return err
+	}
+	w.assertIdentities(u)
+	w.setServiceRoute(u, k.ServiceRoute)
+	return nil
+}
+
+func label(worker int, index uint32) uint32 { return uint32(worker)<<24 | index } //nolint:gosec // at most 256 workers
+
+// journal writes what the registrar wants kept to the store, behind.
+type journal struct{ w *Worker }
+
+// KeepUE implements registrar.Journal.
+func (j journal) KeepUE(u *registrar.UE) {
+	r := store.Registration{
+		Context: j.context(u.Index), Gen: u.Gen, IMPI: u.IMPI, Addr: u.Addr, Local: u.Local,
+		State: store.State(u.State), ServiceRoute: u.ServiceRoute, Contact: u.Contact, Expires: u.Expires, Ended: u.Ended,
+	}
+	if u.Current != nil {
+		r.Current = u.Current.ID
+	}
+	for _, b := range u.Bindings {
+		r.Bindings = append(r.Bindings, store.Binding(b))
+	}
+	j.report("registration", j.w.cfg.Store.PutRegistration(&r))
+}
+
+// KeepSet implements registrar.Journal.
+func (j journal) KeepSet(s *registrar.Set) {
+	r := store.Set{
+		ID: s.ID, Worker: uint16(j.w.id), UE: s.UE.Index, Label: s.Label, Serial: s.Serial, //nolint:gosec // at most 256 workers
+		IMPI: s.UE.IMPI, Addr: s.Params.UE, Local: s.Local, Ports: s.Ports, SPIs: s.SPIs, Keys: s.Keys,
+		Phase: s.Phase, Deadline: s.Deadline, Hard: s.HardLimit(), Counters: s.Counters,
+		ServerText: s.ServerText, ClientText: s.ClientText, CallID: s.CallID, IMPU: s.IMPU,
+		OverTCP: s.OverTCP, Used: s.Used, Removing: s.Dropped(),
+	}
+	if s.Over != nil {
+		r.Over = s.Over.ID
+	}
+	j.report("SA set", j.w.cfg.Store.PutSet(&r))
+}
+
+// DropSet implements registrar.Journal.
+func (j journal) DropSet(id uint64) { j.report("SA set", j.w.cfg.Store.DeleteSet(id)) }
+
+// DropUE implements registrar.Journal.
+func (j journal) DropUE(index uint32, gen uint16) {
+	j.report("registration", j.w.cfg.Store.Free(store.Freed{Context: j.context(index), Gen: gen}))
+}
+
+func (j journal) context(index uint32) store.Context {
+	return store.Context{Worker: uint16(j.w.id), Index: index} //nolint:gosec // at most 256 workers
+}
+
+// report logs what could not be kept: a restart would lose it. After the end of the writer nothing is kept any more.
+func (j journal) report(what string, err error) {
+	if err != nil && !errors.Is(err, store.ErrClosed) {
+		j.w.log.Error("not kept over a restart", "what", what, "error", err)
+	}
+}
+
+// Fit says whether sets of the store can go on under this configuration: their protected ports and addresses must still
+// be ours, and their algorithms allowed.
+func (c *Config) Fit(s *store.Set) error {
+	switch {
+	case !slices.Contains(c.Gm, s.Local):
+		return fmt.Errorf("%s is not a Gm address any more", s.Local)
+	case !slices.Contains(c.Registrar.ServerPorts, s.Ports.PS):
+		return fmt.Errorf("%d is not a server port any more", s.Ports.PS)
+	case !slices.Contains(c.Registrar.ClientPorts, s.Ports.PC):
+		return fmt.Errorf("%d is not a client port any more", s.Ports.PC)
+	case !slices.Contains(c.Suites, s.Keys.Suite):
+		return fmt.Errorf("%s is not allowed any more", s.Keys.Suite)
+	}
+	return nil
+}
+
+var _ registrar.Journal = journal{}
+
+// Expired is told by the backend that it has let a set go because its hard limit had passed.
+func (f *Fleet) Expired(id uint64) {
+	f.all(func(w *Worker) {
+		if w.table.Expired(id) {
+			w.log.Warn("the ESP backend has let an SA set expire", "sa_set", id)
+		}
+	})
+}
+
+// Mend has a set installed again of which the backend has lost an SA.
+func (f *Fleet) Mend(id uint64, c sa.Counters) { f.all(func(w *Worker) { w.table.Mend(id, c) }) }
