@@ -3,6 +3,7 @@ package esp
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -286,6 +287,82 @@ func TestSequenceExhaustion(t *testing.T) {
 	})
 }
 
+// Both ends of an SA go on after a restart of one of them: the numbers that were used are neither sent nor accepted again.
+func TestRestart(t *testing.T) {
+	eachSuite(t, func(t *testing.T, s ims.Suite) {
+		o, in := pair(t, s, 64)
+		var old [][]byte
+		for range 300 {
+			pkt := mustSeal(t, o, nil, []byte("before"), 17)
+			old = append(old, bytes.Clone(pkt))
+			if len(old)%3 == 0 { // the others were lost, or are late
+				if _, _, err := in.Open(pkt); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if o.Seq() != 300 || in.Seq() != 300 {
+			t.Fatalf("numbers %d and %d, want 300", o.Seq(), in.Seq())
+		}
+		o2, in2 := pair(t, s, 64)
+		if err := in2.SetSeq(in.Seq()); err != nil {
+			t.Fatal(err)
+		}
+		for i, pkt := range old {
+			if _, _, err := in2.Open(bytes.Clone(pkt)); err != ErrReplay {
+				t.Fatalf("packet %d from before the restart: err = %v, want ErrReplay", i+1, err)
+			}
+		}
+		const block = 1000
+		if err := o2.SetSeq(o.Seq() + block); err != nil {
+			t.Fatal(err)
+		}
+		for i := range uint32(100) {
+			pkt := mustSeal(t, o2, nil, []byte("after"), 17)
+			if got := binary.BigEndian.Uint32(pkt[4:]); got != 300+block+1+i {
+				t.Fatalf("sequence number %d after the restart, want %d", got, 300+block+1+i)
+			}
+			for k, end := range []*Inbound{in, in2} { // the peer of the sender that began anew, and the receiver that did
+				if _, _, err := end.Open(bytes.Clone(pkt)); err != nil {
+					t.Fatalf("packet %d at end %d: %v", i, k, err)
+				}
+			}
+		}
+		if in2.Seq() != o2.Seq() {
+			t.Errorf("numbers %d and %d", in2.Seq(), o2.Seq())
+		}
+		if err := in2.SetSeq(in2.Seq() - 1); err != ErrSequence {
+			t.Errorf("SetSeq backwards: err = %v, want ErrSequence", err)
+		}
+	})
+}
+
+// An SA that begins at the end of the number space is of no use any more, but does not wrap.
+func TestRestartAtTheEnd(t *testing.T) {
+	o, in := pair(t, ims.Suites()[0], 64)
+	if err := errors.Join(o.SetSeq(math.MaxUint32-1), in.SetSeq(math.MaxUint32-1)); err != nil {
+		t.Fatal(err)
+	}
+	last := mustSeal(t, o, nil, []byte("last"), 17)
+	if _, _, err := in.Open(bytes.Clone(last)); err != nil || in.Seq() != math.MaxUint32 {
+		t.Errorf("the last packet: %v, number %d", err, in.Seq())
+	}
+	o, in = pair(t, ims.Suites()[0], 64)
+	if err := errors.Join(o.SetSeq(math.MaxUint32), in.SetSeq(math.MaxUint32)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.Seal(nil, []byte("one more"), 17); err != ErrSequence {
+		t.Errorf("seal: err = %v, want ErrSequence", err)
+	}
+	if _, _, err := in.Open(last); err != ErrReplay {
+		t.Errorf("open: err = %v, want ErrReplay", err)
+	}
+	early, _ := pair(t, ims.Suites()[0], 64)
+	if _, _, err := in.Open(mustSeal(t, early, nil, []byte("first"), 17)); err != ErrReplay {
+		t.Errorf("open packet 1: err = %v, want ErrReplay", err)
+	}
+}
+
 // TestIVs checks R3.3 of the protocol notes: one key and salt serve four SAs, so counters must not start alike; and
 // that CBC IVs do not repeat.
 func TestIVs(t *testing.T) {
@@ -360,38 +437,48 @@ func TestWindowTable(t *testing.T) {
 	}
 }
 
-// TestWindowAgainstModel compares the ring with a plain set.
+// TestWindowAgainstModel compares the ring with a plain set, also when it begins in the middle of the numbers.
 func TestWindowAgainstModel(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	for _, size := range []int{64, 128, 256, 1024, 4096} {
-		t.Run(fmt.Sprint(size), func(t *testing.T) {
-			w, err := newWindow(size)
-			if err != nil {
-				t.Fatal(err)
+		for _, begin := range []uint32{0, 1, 62, 63, 64, 65, 127, 128, 1000, 1<<31 - 1, 1 << 31} {
+			t.Run(fmt.Sprint(size, " from ", begin), func(t *testing.T) {
+				againstModel(t, rng, size, begin)
+			})
+		}
+	}
+}
+
+func againstModel(t *testing.T, rng *rand.Rand, size int, begin uint32) {
+	w, err := newWindow(size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if begin > 0 {
+		w.mark(begin) // what a begin leaves nothing of
+		w.begin(begin)
+	}
+	seen := make(map[uint32]bool)
+	top := begin
+	for i := range 10000 {
+		seq := top + uint32(rng.IntN(size/8)) + 1
+		switch rng.IntN(10) {
+		case 0, 1, 2, 3, 4: // around the window's lower edge and within
+			seq = top - min(top, uint32(rng.IntN(size+4)))
+		case 5:
+			if rng.IntN(50) == 0 {
+				seq = top + uint32(rng.IntN(4*size))
 			}
-			seen := make(map[uint32]bool)
-			var top uint32
-			for i := range 50000 {
-				seq := top + uint32(rng.IntN(size/8)) + 1
-				switch rng.IntN(10) {
-				case 0, 1, 2, 3, 4: // around the window's lower edge and within
-					seq = top - min(top, uint32(rng.IntN(size+4)))
-				case 5:
-					if rng.IntN(50) == 0 {
-						seq = top + uint32(rng.IntN(4*size))
-					}
-				}
-				want := seq != 0 && !seen[seq] && (seq > top || top-seq < uint32(size))
-				if got := w.fresh(seq); got != want {
-					t.Fatalf("packet %d: fresh(%d) with top %d = %t, want %t", i, seq, top, got, want)
-				}
-				if want {
-					w.mark(seq)
-					seen[seq] = true
-					top = max(top, seq)
-				}
-			}
-		})
+		}
+		want := seq > begin && !seen[seq] && (seq > top || top-seq < uint32(size))
+		if got := w.fresh(seq); got != want {
+			t.Fatalf("packet %d: fresh(%d) with top %d = %t, want %t", i, seq, top, got, want)
+		}
+		if want {
+			w.mark(seq)
+			seen[seq] = true
+			top = max(top, seq)
+		}
 	}
 }
 
@@ -475,7 +562,7 @@ func BenchmarkOpen(b *testing.B) {
 			for b.Loop() {
 				copy(pkt, sealed)
 				clear(in.window.words) // the same packet is new again
-				in.window.top = 0
+				in.window.top.Store(0)
 				if _, _, err := in.Open(pkt); err != nil {
 					b.Fatal(err)
 				}

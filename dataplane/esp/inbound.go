@@ -21,11 +21,24 @@ func NewInbound(spi ims.SPI, keys ims.ESPKeys, window int) (*Inbound, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make inbound SA %s: %w", spi, err)
 	}
-	w, err := newWindow(window)
-	if err != nil {
+	i := &Inbound{transform: t}
+	if i.window, err = newWindow(window); err != nil {
 		return nil, fmt.Errorf("make inbound SA %s: %w", spi, err)
 	}
-	return &Inbound{transform: t, window: w}, nil
+	return i, nil
+}
+
+// Seq returns the highest sequence number received, zero if there was none. Any goroutine may call it.
+func (i *Inbound) Seq() uint32 { return i.window.top.Load() }
+
+// SetSeq takes every packet up to seq as received, for an SA which another process has used before: those that were
+// captured then are replays now (RFC 4303 §3.4.3). It refuses to go back.
+func (i *Inbound) SetSeq(seq uint32) error {
+	if seq < i.window.top.Load() {
+		return ErrSequence
+	}
+	i.window.begin(seq)
+	return nil
 }
 
 // PacketSPI returns the SPI of an ESP packet, false if there is none.

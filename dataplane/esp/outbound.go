@@ -100,7 +100,8 @@ func (o *Outbound) seal(s *scratch, dst, payload []byte, nextHeader byte, seq ui
 // Seq returns the sequence number of the last packet sealed, zero if there was none. Any goroutine may call it.
 func (o *Outbound) Seq() uint32 { return o.seq.Load() }
 
-// SetSeq makes the next packet carry seq+1, for an SA which another process has used before. It refuses to go back.
+// SetSeq makes the next packet carry seq+1, for an SA which another process has used before. It refuses to go back. After
+// the highest number there is no next packet: Seal fails.
 func (o *Outbound) SetSeq(seq uint32) error {
 	if seq < o.seq.Load() {
 		return ErrSequence
