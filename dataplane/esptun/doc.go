@@ -21,5 +21,6 @@
 //
 // Concurrency. Tunnel's methods may be called from any goroutine. One goroutine per raw socket receives and one
 // transmits; they read the SA tables without locks. An inbound SA has one destination address and so belongs to one raw
-// socket; its replay window is touched by that goroutine only, and sequence numbers by the transmitter only.
+// socket; its replay window is moved by that goroutine only, and sequence numbers by the transmitter only. Others read
+// how far both have come (Seq, All) without holding them up.
 package esptun

@@ -531,6 +531,9 @@ func TestChurn(t *testing.T) {
 					t.Error(err)
 				}
 				_ = w.gm.Stats()
+				for sa := range w.gm.All() {
+					_, _ = w.gm.Seq(&sa)
+				}
 				w.gm.Remove(other.sas[:]...)
 			}
 		})

@@ -3,15 +3,18 @@ package esptun
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"testing"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/dataplane/esp"
 )
 
 // bench is both ends of a tunnel without any namespace: packets go from the transmitter's buffer to the receiver's.
@@ -110,6 +113,150 @@ func TestRebuiltPacket(t *testing.T) {
 			})
 		}
 	})
+}
+
+// The P-CSCF's end is made anew with the numbers it had, moved ahead: the phone's window accepts what comes next, and
+// what was captured before is refused.
+func TestRestart(t *testing.T) {
+	const before, block = 200, 5000
+	families(t, func(t *testing.T, v6 bool) {
+		for i, s := range ims.Suites() {
+			t.Run(s.String(), func(t *testing.T) {
+				w := &world{}
+				p := w.newPhone(1+i, v6, s)
+				b := newBench(t) // phones to P-CSCF
+				down := &bench{tx: newTransmitter(b.rx4.t), rx4: newReceiver(b.tx.t, b.tx.t.socks[0]), rx6: newReceiver(b.tx.t, b.tx.t.socks[1])}
+				response := ipPacket(p.gm, p.addr, 17, 0, datagram(p.sas[3].Src, p.sas[3].Dst, "response"))
+				send := func(b *bench, ip []byte, src, dst netip.Addr) []byte {
+					t.Helper()
+					pkt, reason, ok := b.transmit(ip)
+					if !ok {
+						t.Fatalf("not sealed: %s", reason)
+					}
+					pkt = bytes.Clone(pkt)
+					if _, reason, ok := b.receive(src, dst, pkt); !ok {
+						t.Fatalf("sequence number %d not accepted: %s", binary.BigEndian.Uint32(pkt[4:]), reason)
+					}
+					return pkt
+				}
+				var up [][]byte
+				for range before {
+					up = append(up, send(b, b.request(p, "request"), p.addr, p.gm))
+					send(down, response, p.gm, p.addr)
+				}
+				late, _, _ := b.transmit(b.request(p, "late")) // captured, and never arrived
+				late = bytes.Clone(late)
+
+				// What the store knows is a block old at most.
+				var reborn []SA
+				for sa := range b.rx4.t.All() {
+					if sa.Src.Addr() == p.addr || sa.Dst.Addr() == p.addr {
+						var want uint32
+						if sa.SPI == p.sas[0].SPI || sa.SPI == p.sas[3].SPI { // the two in use
+							want = before
+						}
+						if sa.Seq != want || len(sa.Keys.Enc)+len(sa.Keys.Auth) > 0 {
+							t.Errorf("%s is at %d, want %d", sa, sa.Seq, want)
+						}
+						sa.Keys = p.keys
+						if !sa.Inbound {
+							sa.Seq += block
+						}
+						reborn = append(reborn, sa)
+					}
+				}
+				if len(reborn) != 4 {
+					t.Fatalf("%d SAs", len(reborn))
+				}
+				gm := &Tunnel{cfg: b.rx4.t.cfg, log: b.rx4.t.log, table: newTable(), socks: b.rx4.t.socks}
+				if err := gm.Add(reborn...); err != nil {
+					t.Fatal(err)
+				}
+				b.rx4.t, b.rx6.t, down.tx.t = gm, gm, gm
+				for _, pkt := range up {
+					if _, reason, ok := b.receive(p.addr, p.gm, pkt); ok || reason != Replay {
+						t.Fatalf("sequence number %d from before: accepted %t, %s", binary.BigEndian.Uint32(pkt[4:]), ok, reason)
+					}
+				}
+				for range 100 {
+					send(b, b.request(p, "request"), p.addr, p.gm)
+					send(down, response, p.gm, p.addr)
+				}
+				if _, reason, ok := b.receive(p.addr, p.gm, late); !ok { // was never received, and is in the window
+					t.Errorf("late packet: %s", reason)
+				}
+				if seq, ok := gm.Seq(&p.sas[3]); !ok || seq != before+block+100 {
+					t.Errorf("outbound SA is at %d, %t", seq, ok)
+				}
+				if seq, ok := gm.Seq(&p.sas[0]); !ok || seq != before+1+100 {
+					t.Errorf("inbound SA is at %d, %t", seq, ok)
+				}
+			})
+		}
+	})
+}
+
+// Seq knows the SAs that Remove would take, and All shows each once.
+func TestSequenceNumbers(t *testing.T) {
+	b := newBench(t)
+	gm := b.rx4.t
+	p := (&world{}).newPhone(1, false, gcm)
+	if n := len(slices.Collect(gm.All())); n != gm.Count() || n != 2*4*len(ims.Suites()) {
+		t.Errorf("All shows %d SAs of %d", n, gm.Count())
+	}
+	for sa := range gm.All() { // ends when told
+		if n, ok := gm.Seq(&sa); !ok || n != 0 {
+			t.Errorf("%s is at %d, %t", sa, n, ok)
+		}
+		break
+	}
+	for i, s := range p.sas {
+		other := s
+		other.Src = netip.AddrPortFrom(s.Src.Addr(), s.Src.Port()+1)
+		if _, ok := gm.Seq(&other); ok {
+			t.Errorf("SA %d is found with another port", i)
+		}
+		other = s
+		other.SPI++
+		if s.Inbound {
+			other.SPI += 100
+		}
+		if _, ok := gm.Seq(&other); ok {
+			t.Errorf("SA %d is found with another SPI", i)
+		}
+		s.ID = 7
+		gm.Remove(s)
+		if _, ok := gm.Seq(&s); ok {
+			t.Errorf("SA %d is found after its removal", i)
+		}
+		s.Seq = 1<<32 - 1
+		if err := gm.Add(s); !errors.Is(err, esp.ErrSequence) {
+			t.Errorf("SA %d added without a number left: %v", i, err)
+		}
+		s.Seq--
+		if err := gm.Add(s); err != nil {
+			t.Error(err)
+		}
+		if n, ok := gm.Seq(&s); !ok || n != 1<<32-2 {
+			t.Errorf("SA %d is at %d, %t", i, n, ok)
+		}
+	}
+	var ids []uint64
+	for sa := range gm.All() {
+		if sa.ID != 0 {
+			ids = append(ids, sa.ID)
+		}
+	}
+	if !slices.Equal(ids, []uint64{7, 7, 7, 7}) {
+		t.Errorf("ids %v", ids)
+	}
+	pkt, _, ok := b.transmit(b.request(p, "last"))
+	if !ok {
+		t.Fatal("not sealed")
+	}
+	if _, reason, ok := b.receive(p.addr, p.gm, pkt); ok || reason != Replay {
+		t.Errorf("packet 1: accepted %t, %s", ok, reason)
+	}
 }
 
 func TestIPv4Options(t *testing.T) {
@@ -238,16 +385,16 @@ func TestPacketsDoNotAllocate(t *testing.T) {
 					t.Fatal("not sealed")
 				}
 				iov := &b.tx.batch.iovs[0]
-				esp := unsafe.Slice(iov.Base, int(iov.Len))
+				pkt := unsafe.Slice(iov.Base, int(iov.Len))
 				var ok bool
 				var reason Reason
 				if v6 {
 					buf := b.rx6.bufs[0]
-					_, reason, ok = b.rx6.accept6(buf, copy(buf[headroom:], esp), src, address6{dst: dst, ok: true})
+					_, reason, ok = b.rx6.accept6(buf, copy(buf[headroom:], pkt), src, address6{dst: dst, ok: true})
 				} else {
 					buf := b.rx4.bufs[0]
 					copy(buf[headroom:], outer)
-					_, reason, ok = b.rx4.accept4(buf, len(outer)+copy(buf[headroom+len(outer):], esp))
+					_, reason, ok = b.rx4.accept4(buf, len(outer)+copy(buf[headroom+len(outer):], pkt))
 				}
 				if !ok {
 					t.Fatal(reason)

@@ -20,6 +20,12 @@ type SA struct {
 	Src     netip.AddrPort
 	Dst     netip.AddrPort
 	Keys    ims.ESPKeys // not needed by Remove
+
+	// Seq is the sequence number to go on after, for an SA that was in use before: the last one sent, or the highest one
+	// received, up to which everything counts as received. Zero for a new one. All returns the current one.
+	Seq uint32
+
+	ID uint64 // the caller's own; All returns it
 }
 
 // String prints the SA for messages, without its keys.
@@ -60,14 +66,23 @@ func tupleOf(s *SA) tuple {
 	return tuple{src: s.Src.Addr().As16(), dst: s.Dst.Addr().As16(), sport: s.Src.Port(), dport: s.Dst.Port()}
 }
 
+// sa returns s with the addresses and ports of the tuple.
+func (t tuple) sa(s SA) SA {
+	s.Src = netip.AddrPortFrom(netip.AddrFrom16(t.src).Unmap(), t.sport)
+	s.Dst = netip.AddrPortFrom(netip.AddrFrom16(t.dst).Unmap(), t.dport)
+	return s
+}
+
 type inboundSA struct {
 	*esp.Inbound
 	selector tuple
+	id       uint64
 }
 
 type outboundSA struct {
 	*esp.Outbound
 	sock *rawSocket
+	id   uint64
 }
 
 // table holds the SAs. Its maps are read without locks; the mutex orders those who change them.
@@ -120,17 +135,58 @@ func (t *table) putLocked(p *prepared) bool {
 // takeLocked removes an SA only if everything but the keys is the same, so that a late removal of an old SA cannot
 // take away another one which reuses its SPI or its ports.
 func (t *table) takeLocked(s *SA) {
-	tu := tupleOf(s)
 	if s.Inbound {
-		key := inboundKey{tu.dst, s.SPI}
-		if sa, ok := t.in.Load(key); ok && sa.selector == tu {
-			t.in.Delete(key)
+		if t.inbound(s) != nil {
+			t.in.Delete(inboundKey{s.Dst.Addr().As16(), s.SPI})
 		}
 		return
 	}
-	if sa, ok := t.out.Load(tu); ok && sa.SPI() == s.SPI {
-		t.out.Delete(tu)
+	if t.outbound(s) != nil {
+		t.out.Delete(tupleOf(s))
 	}
+}
+
+// inbound finds an SA with everything but the keys the same, nil if there is none.
+func (t *table) inbound(s *SA) *inboundSA {
+	tu := tupleOf(s)
+	if sa, ok := t.in.Load(inboundKey{tu.dst, s.SPI}); ok && sa.selector == tu {
+		return sa
+	}
+	return nil
+}
+
+// outbound is the like of inbound.
+func (t *table) outbound(s *SA) *outboundSA {
+	if sa, ok := t.out.Load(tupleOf(s)); ok && sa.SPI() == s.SPI {
+		return sa
+	}
+	return nil
+}
+
+func (t *table) seq(s *SA) (seq uint32, ok bool) {
+	if s.Inbound {
+		if sa := t.inbound(s); sa != nil {
+			return sa.Seq(), true
+		}
+		return 0, false
+	}
+	if sa := t.outbound(s); sa != nil {
+		return sa.Seq(), true
+	}
+	return 0, false
+}
+
+// all shows every SA until yield returns false.
+func (t *table) all(yield func(SA) bool) {
+	more := true
+	t.in.Range(func(k inboundKey, sa *inboundSA) bool {
+		more = yield(sa.selector.sa(SA{Inbound: true, SPI: k.spi, Seq: sa.Seq(), ID: sa.id}))
+		return more
+	})
+	if !more {
+		return
+	}
+	t.out.Range(func(k tuple, sa *outboundSA) bool { return yield(k.sa(SA{SPI: sa.SPI(), Seq: sa.Seq(), ID: sa.id})) })
 }
 
 func (t *table) remove(sas []SA) {

@@ -3,7 +3,9 @@ package esptun
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
+	"math"
 	"net/netip"
 	"slices"
 	"sync"
@@ -163,7 +165,7 @@ func (t *Tunnel) open() error {
 func (t *Tunnel) Hidden() *hostnet.NS { return t.hidden }
 
 // Add installs SAs: all of them, or none when there is an error. The error is ErrExists, ErrNotLocal, ErrClosed, or one
-// of the engine about SPI, algorithms or keys.
+// of the engine about SPI, algorithms, keys or (esp.ErrSequence) a sequence number that none follows.
 func (t *Tunnel) Add(sas ...SA) error {
 	ps := make([]prepared, len(sas))
 	for i := range sas {
@@ -187,15 +189,24 @@ func (t *Tunnel) prepare(p *prepared, s *SA) error {
 	if sock == nil {
 		return fmt.Errorf("add %s: %s: %w", s, local.Addr(), ErrNotLocal)
 	}
+	if s.Seq == math.MaxUint32 {
+		return fmt.Errorf("add %s: %w", s, esp.ErrSequence)
+	}
 	p.sa = s
 	if s.Inbound {
 		in, err := esp.NewInbound(s.SPI, s.Keys, t.cfg.Window)
-		p.in = &inboundSA{Inbound: in, selector: tupleOf(s)}
-		return err
+		if err != nil {
+			return err
+		}
+		p.in = &inboundSA{Inbound: in, selector: tupleOf(s), id: s.ID}
+		return in.SetSeq(s.Seq)
 	}
 	out, err := esp.NewOutbound(s.SPI, s.Keys)
-	p.out = &outboundSA{Outbound: out, sock: sock}
-	return err
+	if err != nil {
+		return err
+	}
+	p.out = &outboundSA{Outbound: out, sock: sock, id: s.ID}
+	return out.SetSeq(s.Seq)
 }
 
 // socketFor returns the raw socket of a local address, nil if the tunnel does not serve the address.
@@ -213,6 +224,14 @@ func (t *Tunnel) socketFor(a netip.Addr) *rawSocket {
 
 // Remove takes SAs out. One is identified by direction, SPI, addresses and ports; unknown ones are ignored.
 func (t *Tunnel) Remove(sas ...SA) { t.table.remove(sas) }
+
+// Seq returns the current sequence number of an installed SA, found as Remove does: the last one sent, or the highest one
+// received. It reports false if the SA is not there. Packets that pass meanwhile are not held up.
+func (t *Tunnel) Seq(s *SA) (seq uint32, ok bool) { return t.table.seq(s) }
+
+// All returns the installed SAs without their keys, with their current sequence numbers, in no order. An SA that is added
+// or removed meanwhile may be among them or not. Packets that pass meanwhile are not held up.
+func (t *Tunnel) All() iter.Seq[SA] { return t.table.all }
 
 // Count returns the number of SAs installed.
 func (t *Tunnel) Count() int { return t.table.count() }
