@@ -1,9 +1,12 @@
 package useresp
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -24,7 +27,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // fakeTunnel is a tunnel that only remembers its SAs.
 type fakeTunnel struct {
 	mu     sync.Mutex
-	sas    []string
+	sas    []esptun.SA
 	gate   chan struct{} // if not nil, Add waits for it
 	atGate chan struct{} // if not nil, gets a value when Add starts to wait
 	closed int
@@ -46,7 +49,7 @@ func (f *fakeTunnel) Add(sas ...esptun.SA) error {
 		if len(s.Keys.Enc) != 16 || s.Keys.Enc[0] != 7 {
 			return fmt.Errorf("keys of %s did not arrive", s)
 		}
-		if slices.Contains(f.sas, s.String()) {
+		if slices.ContainsFunc(f.sas, is(s)) {
 			return esptun.ErrExists
 		}
 	}
@@ -54,17 +57,38 @@ func (f *fakeTunnel) Add(sas ...esptun.SA) error {
 		return errFull
 	}
 	for _, s := range sas {
-		f.sas = append(f.sas, s.String())
+		s.Keys = ims.ESPKeys{}
+		f.sas = append(f.sas, s)
 	}
 	return nil
+}
+
+// is matches the SA that is the same but for keys and numbers.
+func is(s esptun.SA) func(esptun.SA) bool {
+	return func(o esptun.SA) bool {
+		return o.Inbound == s.Inbound && o.SPI == s.SPI && o.Src == s.Src && o.Dst == s.Dst
+	}
 }
 
 func (f *fakeTunnel) Remove(sas ...esptun.SA) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.sas = slices.DeleteFunc(f.sas, func(s string) bool {
-		return slices.ContainsFunc(sas, func(x esptun.SA) bool { return x.String() == s })
-	})
+	f.sas = slices.DeleteFunc(f.sas, func(s esptun.SA) bool { return slices.ContainsFunc(sas, is(s)) })
+}
+
+func (f *fakeTunnel) Seq(s *esptun.SA) (uint32, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if i := slices.IndexFunc(f.sas, is(*s)); i >= 0 {
+		return f.sas[i].Seq, true
+	}
+	return 0, false
+}
+
+func (f *fakeTunnel) All() iter.Seq[esptun.SA] {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Values(slices.Clone(f.sas))
 }
 
 func (f *fakeTunnel) Count() int {
@@ -113,7 +137,7 @@ func remove(t *testing.T, b sa.Installer, p sa.Params) error {
 	return call(t, func(done func(error)) { b.Remove(p, done) })
 }
 
-func newTestEngine(f *fakeTunnel) *engine { return newEngine(f, slog.New(slog.DiscardHandler)) }
+func newTestEngine(f *fakeTunnel) *engine { return newEngine(f, slog.New(slog.DiscardHandler), nil) }
 
 func TestInstallAndRemove(t *testing.T) {
 	f := &fakeTunnel{}
@@ -127,8 +151,12 @@ func TestInstallAndRemove(t *testing.T) {
 		"inbound SA 0x20000003 10.45.0.1:6301->10.0.0.5:6100", "inbound SA 0x20000002 10.45.0.1:6300->10.0.0.5:6111",
 		"outbound SA 0x00001002 10.0.0.5:6111->10.45.0.1:6300", "outbound SA 0x00001001 10.0.0.5:6100->10.45.0.1:6301",
 	}
-	if !slices.Equal(f.sas, want) {
-		t.Errorf("installed:\n%s\nwant:\n%s", strings.Join(f.sas, "\n"), strings.Join(want, "\n"))
+	var got []string
+	for _, s := range f.sas {
+		got = append(got, s.String())
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("installed:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 	if n := e.Count(); n != 4 {
 		t.Errorf("Count = %d, want 4", n)
@@ -192,7 +220,13 @@ func TestCallbackOrderAndGoroutine(t *testing.T) {
 func TestHardLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fakeTunnel{}
-		e := newTestEngine(f)
+		var expired []uint64
+		e := newEngine(f, slog.New(slog.DiscardHandler), func(id uint64) {
+			if slices.ContainsFunc(f.sas, func(s esptun.SA) bool { return s.ID == id }) {
+				t.Errorf("told of set %d before its SAs were gone", id)
+			}
+			expired = append(expired, id)
+		})
 		defer func() { _ = e.Close() }()
 		at := func(d time.Duration, want int) {
 			t.Helper()
@@ -242,6 +276,10 @@ func TestHardLimit(t *testing.T) {
 		at(time.Second, 1)
 		if len(e.deadlines) != 0 {
 			t.Errorf("%d deadlines left", len(e.deadlines))
+		}
+		// Each once, and not set 7, which was removed in time.
+		if !slices.Equal(expired, []uint64{2, 6, 5, 4, 3}) {
+			t.Errorf("expired: %v", expired)
 		}
 	})
 }
@@ -326,5 +364,186 @@ func TestClose(t *testing.T) {
 		if err := call(t, f); !errors.Is(err, ErrClosed) {
 			t.Errorf("after Close: err = %v, want ErrClosed", err)
 		}
+	}
+}
+
+// What an expiry tells may use the backend again.
+func TestExpiredInstallsAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeTunnel{}
+		var e *engine
+		e = newEngine(f, slog.New(slog.DiscardHandler), func(id uint64) {
+			e.Install(params(id+1, 0), func(err error) {
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		})
+		if err := install(t, e, params(1, time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if v, err := e.Survey(t.Context()); err != nil || len(v.Sets) != 1 || v.Sets[2] != (sa.Counters{}) {
+			t.Errorf("survey: %+v, %v", v, err)
+		}
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestInstallGoesOn(t *testing.T) {
+	f := &fakeTunnel{}
+	e := newTestEngine(f)
+	defer func() { _ = e.Close() }()
+	p := params(3, 0)
+	p.Counters = sa.Counters{11, 12, math.MaxUint32 - 1, 14}
+	if err := install(t, e, p); err != nil {
+		t.Fatal(err)
+	}
+	for i, s := range f.sas {
+		if s.Seq != p.Counters[i] || s.ID != 3 {
+			t.Errorf("%s begins at %d, is of set %d", s, s.Seq, s.ID)
+		}
+	}
+	for i := range p.Counters {
+		full := params(4, 0)
+		full.Counters[i] = math.MaxUint32
+		if err := install(t, e, full); !errors.Is(err, sa.ErrSequence) {
+			t.Errorf("SA %d has no number left: %v", i, err)
+		}
+	}
+	if e.Count() != 4 {
+		t.Errorf("Count = %d", e.Count())
+	}
+}
+
+func TestAdopt(t *testing.T) {
+	e := newTestEngine(&fakeTunnel{})
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := e.Adopt(gone, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("without time: %v", err)
+	}
+	// A removal is no installation.
+	if err := remove(t, e, params(1, 0)); err != nil {
+		t.Error(err)
+	}
+	a, err := e.Adopt(t.Context(), []sa.Params{params(1, time.Hour), params(2, 0)})
+	if err != nil || len(a.Adopted) != 0 || a.Removed != 0 || len(a.Foreign) != 0 {
+		t.Errorf("got %+v, %v", a, err)
+	}
+	if _, err := e.Adopt(t.Context(), nil); !errors.Is(err, ErrLate) {
+		t.Errorf("twice: %v", err)
+	}
+	if err := install(t, e, params(1, 0)); err != nil { // was not adopted
+		t.Error(err)
+	}
+	if err := e.Detach(); err != nil {
+		t.Error(err)
+	}
+	if _, err := e.Adopt(t.Context(), nil); !errors.Is(err, ErrClosed) {
+		t.Errorf("after the end: %v", err)
+	}
+	late := newTestEngine(&fakeTunnel{})
+	if err := install(t, late, params(1, 0)); err != nil {
+		t.Error(err)
+	}
+	if _, err := late.Adopt(t.Context(), nil); !errors.Is(err, ErrLate) {
+		t.Errorf("after an installation: %v", err)
+	}
+	if err := late.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSurvey(t *testing.T) {
+	f := &fakeTunnel{}
+	e := newTestEngine(f)
+	survey := func(sets int, missing []uint64, orphans int) sa.Survey {
+		t.Helper()
+		v, err := e.Survey(t.Context())
+		if err != nil || len(v.Sets) != sets || !slices.Equal(v.Missing, missing) || v.Orphans != orphans {
+			t.Errorf("got %+v, %v; want %d sets, missing %v, %d orphans", v, err, sets, missing, orphans)
+		}
+		return v
+	}
+	survey(0, nil, 0)
+	for id := uint64(1); id <= 5; id++ {
+		p := params(id, 0)
+		p.Counters = sa.Counters{1, 2, 3, uint32(id)}
+		if err := install(t, e, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.sas[4].Seq = 77 // SA A of set 2 received something
+	if v := survey(5, nil, 0); v.Sets[2] != (sa.Counters{77, 2, 3, 2}) || v.Sets[5] != (sa.Counters{1, 2, 3, 5}) {
+		t.Errorf("counters: %v", v.Sets)
+	}
+	// SAs that go behind the backend's back.
+	f.Remove(f.sas[6], f.sas[12])
+	survey(3, []uint64{2, 4}, 0)
+	// SAs that come so: of no set, of one with other SAs, and of one that was there once.
+	stray := f.sas[0]
+	stray.Src = netip.AddrPortFrom(stray.Src.Addr(), 9)
+	nobody, once := stray, stray
+	nobody.ID, nobody.SPI = 0, 1000
+	once.ID, once.SPI = 99, 1001
+	f.sas = append(f.sas, stray, nobody, once)
+	survey(3, []uint64{2, 4}, 3)
+	f.Remove(stray)
+	if err := remove(t, e, params(2, 0)); err != nil {
+		t.Fatal(err)
+	}
+	survey(3, []uint64{4}, 2)
+	if err := e.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := e.Survey(t.Context()); !errors.Is(err, ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+// Sets that come and go while a survey is under way are no differences.
+func TestSurveyMeanwhile(t *testing.T) {
+	f := &fakeTunnel{}
+	e := newTestEngine(f)
+	var wg sync.WaitGroup
+	for worker := range uint64(3) {
+		wg.Go(func() {
+			for i := range uint64(100) {
+				p := params(1+worker*100+i%7, 0) // ids and SPIs come back
+				if err := errors.Join(install(t, e, p), remove(t, e, p)); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for range 100 {
+		if v, err := e.Survey(t.Context()); err != nil || len(v.Missing) > 0 || v.Orphans != 0 {
+			t.Errorf("got %+v, %v", v, err)
+		}
+	}
+	wg.Wait()
+	if err := e.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A survey does not wait longer than its context for an engine that is busy.
+func TestSurveyEnds(t *testing.T) {
+	f := &fakeTunnel{gate: make(chan struct{}), atGate: make(chan struct{}, 1)}
+	e := newTestEngine(f)
+	e.Install(params(1, 0), func(error) {})
+	<-f.atGate
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := e.Survey(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	close(f.gate)
+	if err := e.Close(); err != nil {
+		t.Error(err)
 	}
 }
