@@ -140,7 +140,9 @@ func TestGoldenEncoding(t *testing.T) {
 		got  []byte
 		want string
 	}{
-		{"set", ws.b, goldenSet}, {"set without SAs", wn.b, goldenClearSet}, {"registration", wr.b, goldenRegistration},
+		{"set", ws.b, goldenSet},
+		{"set without SAs", wn.b, goldenClearSet},
+		{"registration", wr.b, goldenRegistration},
 		{"meta", wm.b, goldenMeta},
 	} {
 		if got := hex.EncodeToString(tt.got); got != tt.want {
