@@ -1,6 +1,7 @@
 package xfrm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -34,6 +35,16 @@ const (
 // peer's window is closed and the round trip slow. A larger net.ipv4.tcp_orphan_retries than the default outlives this.
 const blockAfterClose = 200 * time.Second
 
+// The constant policies end by themselves as well, so that a host whose gmgate is gone for good is clean in the end. They
+// have to outlive every state, and are renewed while the process lives: rarely, since a renewal makes the kernel look up
+// the route of every connection anew. The longest registration of TS 24.229 §5.1.1.2 is 600,000 s.
+const (
+	policyLife    = 10 * 24 * time.Hour
+	policyRenewal = 24 * time.Hour
+	renewalRetry  = time.Hour
+	longestLife   = policyLife - policyRenewal - time.Hour // of a state
+)
+
 // Errors of New and of the requests, beside those of the kernel (see KernelError).
 var (
 	// ErrInUse is the error of New when another Backend, of this or another process, has the namespace and reqid.
@@ -57,7 +68,13 @@ type Config struct {
 	Queue       int          // requests that may wait; 0 means DefaultQueue
 	Logger      *slog.Logger // nil discards
 
-	block time.Duration // 0 means blockAfterClose; tests have no time for it
+	// Expired, if not nil, is told of an installed set of which the kernel removed an SA because its hard limit had
+	// passed, once for each set. The set counts as installed until Remove, which takes out what is left of it. Expired
+	// is called on a goroutine of the backend and must call neither Close nor Detach.
+	Expired func(id uint64)
+
+	// Tests have no time for the real ones; 0 means these.
+	block, life, renewal time.Duration
 }
 
 // Backend installs SA sets into the kernel. Create one with New.
@@ -67,34 +84,58 @@ type Backend struct {
 	window  int
 	log     *slog.Logger
 	support Support
+	host    host
 	lock    io.Closer // keeps other backends out of the namespace
 
 	installed atomic.Int64 // SAs
 	wake      chan struct{}
+	closing   chan struct{} // closed by Close and Detach
 	stopped   chan struct{} // closed when the worker has ended
+	expired   chan struct{} // the kernel has removed one of our policies
 
 	mu      sync.Mutex // guards the queue
 	queue   []request
 	waiting int           // requests in queue and pending
 	refused []func(error) // callbacks of requests that found the queue full
 	closed  bool
+	keep    bool // Detach: the removals that wait are still carried out
+
+	monitor  monitor
+	watched  chan struct{} // closed when nobody reads the monitor any more
+	overruns atomic.Uint64
+
+	extraMu sync.Mutex // one Adopt or Survey at a time, each with a socket of its own; the end waits for it
 
 	queryMu sync.Mutex // guards query
 	query   *conn      // counts; a socket of its own, so that a reader never waits for the worker
 
+	// books guards what is known to be in the kernel. The worker holds it while it executes a batch, so that the books
+	// and the kernel agree whenever it is free. It is taken before queryMu.
+	books  sync.Mutex
+	sets   map[uint64]set
+	owners map[stateKey]owner // the SAs of sets
+	flux   *flux              // not nil during a Survey
+
 	// The following belong to the worker; Close uses them once it has ended.
 	conn     *conn
 	pending  []request // taken from queue, not yet executed
-	sets     map[uint64]set
 	policies []policy
 }
 
-var _ sa.Installer = (*Backend)(nil)
+var _ sa.Backend = (*Backend)(nil)
 
 // set is what the backend keeps of an installed SA set.
 type set struct {
-	added int64 // wall-clock seconds, as the kernel counts the age of a state
-	suite ims.Suite
+	added   int64 // wall-clock seconds, as the kernel counts the age of a state
+	suite   ims.Suite
+	expired bool // Config.Expired has been told
+}
+
+// owner says whose SA a state is. A phone may offer an SPI again once the kernel has ended the SA that had it, while the
+// old set still waits for its Remove: the state then belongs to the new one.
+type owner struct {
+	id uint64
+	sa uint8 // index in Params.SAs
 }
 
 // op is the kind of a request.
@@ -113,12 +154,14 @@ type request struct {
 	hard time.Duration // opExtend
 	done func(error)
 
-	first, count int // its messages in the batch
+	first, count int     // its messages in the batch
+	sas          []uint8 // opRemove: the SAs they are about
 	err          error
 }
 
-// New locks the namespace, probes the kernel, removes SAs that an earlier run left behind, and puts the constant policies
-// in place: from now on nothing passes a protected port in clear. If another Backend is there the error wraps ErrInUse,
+// New locks the namespace, probes the kernel, and puts the constant policies in place: from now on nothing passes a
+// protected port in clear. SAs that an earlier run left stay and go on working, for Adopt to decide about; if it is never
+// called they go with Close. If another Backend is there the error wraps ErrInUse,
 // and if the kernel cannot do it ErrNoXFRM, ErrNoESP, ErrNoAlgorithm or ErrPermission; the kernel is then as it was. Only
 // a failure among the policies themselves leaves what Close leaves.
 func New(cfg Config) (*Backend, error) { return newBackend(cfg, namespace{cfg.NS}) }
@@ -127,12 +170,14 @@ func New(cfg Config) (*Backend, error) { return newBackend(cfg, namespace{cfg.NS
 type host interface {
 	lock(reqid int) (io.Closer, error)
 	open() (socket, error)
+	monitor() (monitor, error)
 }
 
 // namespace is a network namespace of the real kernel, the process's if ns is nil.
 type namespace struct{ ns *hostnet.NS }
 
 func (n namespace) open() (socket, error)             { return openSocket(n.ns) }
+func (n namespace) monitor() (monitor, error)         { return openMonitor(n.ns) }
 func (n namespace) lock(reqid int) (io.Closer, error) { return openLock(n.ns, reqid) }
 
 func newBackend(cfg Config, h host) (*Backend, error) {
@@ -141,7 +186,9 @@ func newBackend(cfg Config, h host) (*Backend, error) {
 	}
 	b := &Backend{
 		cfg: cfg, reqid: uint32(cfg.ReqID), window: cfg.Window, log: cfg.Logger, //nolint:gosec // checked by complete
-		wake: make(chan struct{}, 1), stopped: make(chan struct{}), sets: make(map[uint64]set),
+		host: h, wake: make(chan struct{}, 1), closing: make(chan struct{}), stopped: make(chan struct{}),
+		expired: make(chan struct{}, 1), watched: make(chan struct{}),
+		sets: make(map[uint64]set), owners: make(map[stateKey]owner),
 	}
 	var err error
 	if b.lock, err = h.lock(cfg.ReqID); err != nil {
@@ -156,10 +203,14 @@ func newBackend(cfg Config, h host) (*Backend, error) {
 		return nil, errors.Join(classify(err), b.conn.sock.close(), b.lock.Close())
 	}
 	b.query = newConn(sock)
+	if b.monitor, err = h.monitor(); err != nil {
+		return nil, errors.Join(classify(err), b.closeSockets())
+	}
 	if err := b.start(); err != nil {
-		return nil, errors.Join(err, b.closeSockets())
+		return nil, errors.Join(err, b.monitor.close(), b.closeSockets())
 	}
 	go b.work()
+	go b.watch()
 	return b, nil
 }
 
@@ -179,6 +230,9 @@ func (c *Config) complete() error {
 	}
 	if c.block == 0 {
 		c.block = blockAfterClose
+	}
+	if c.life == 0 {
+		c.life, c.renewal = policyLife, policyRenewal
 	}
 	c.Local, c.ServerPorts, c.ClientPorts = slices.Clone(c.Local), slices.Clone(c.ServerPorts), slices.Clone(c.ClientPorts)
 	var errs []error
@@ -231,16 +285,12 @@ func (b *Backend) start() error {
 		b.window = legacyWindow
 	}
 
-	n, err := b.conn.sweep(b.owned)
-	if err != nil {
-		return fmt.Errorf("remove SAs of an earlier run: %w", err)
-	}
-	if n > 0 {
-		b.log.Warn("removed SAs of an earlier run", slog.Int("count", n))
-	}
 	ports := slices.Concat(b.cfg.ServerPorts, b.cfg.ClientPorts)
 	slices.Sort(ports)
 	b.policies = constantPolicies(b.cfg.Local, slices.Compact(ports), b.reqid)
+	for i := range b.policies {
+		b.policies[i].expires = seconds(b.cfg.life)
+	}
 	if err := protect(b.conn, b.policies, b.reqid, b.cfg.block, b.log); err != nil {
 		return errors.Join(err, retire(b.conn, b.policies, b.cfg.block))
 	}
@@ -251,8 +301,32 @@ func (b *Backend) start() error {
 // owned reports whether a state carries our mark.
 func (b *Backend) owned(h stateHead) bool { return h.esp && h.reqid == b.reqid }
 
+// openConn opens a connection beside that of the worker, for one dump. The caller holds extraMu.
+func (b *Backend) openConn(ctx context.Context) (*conn, error) {
+	if err := b.interrupted(ctx); err != nil {
+		return nil, err
+	}
+	sock, err := b.host.open()
+	if err != nil {
+		return nil, err
+	}
+	return newConn(sock), nil
+}
+
+// interrupted reports why Adopt or Survey has to stop.
+func (b *Backend) interrupted(ctx context.Context) error {
+	select {
+	case <-b.closing:
+		return ErrClosed
+	default:
+		return ctx.Err()
+	}
+}
+
 // closeSockets gives up the netlink sockets and then, as the very last thing, the namespace.
 func (b *Backend) closeSockets() error {
+	b.extraMu.Lock()
+	defer b.extraMu.Unlock()
 	b.queryMu.Lock()
 	defer b.queryMu.Unlock()
 	return errors.Join(b.conn.sock.close(), b.query.sock.close(), b.lock.Close())
@@ -262,7 +336,8 @@ func (b *Backend) closeSockets() error {
 func (b *Backend) Support() Support { return b.support }
 
 // Install implements sa.Installer. Beside the kernel's errors, done may get one wrapping ErrParams, ErrDuplicate,
-// ErrBusy or ErrClosed.
+// ErrBusy or ErrClosed. The kernel ends the set after nine days at the latest, also if Params.Hard is longer or zero, unless
+// it is extended before: no SA may outlive the policies of a process that died.
 func (b *Backend) Install(p sa.Params, done func(error)) {
 	p.Keys = p.Keys.Clone()
 	b.enqueue(request{op: opInstall, p: p, done: done})
@@ -275,7 +350,7 @@ func (b *Backend) Remove(p sa.Params, done func(error)) {
 	b.enqueue(request{op: opRemove, p: p, done: done})
 }
 
-// Extend implements sa.Installer. Keys are not looked at. Zero takes the limit away. done may get one wrapping
+// Extend implements sa.Installer. Keys are not looked at. Zero means as long as possible, see Install. done may get one wrapping
 // ErrUnknown, and ESRCH if the kernel has removed an SA of the set because its limit had passed.
 func (b *Backend) Extend(p sa.Params, hard time.Duration, done func(error)) {
 	p.Keys = ims.ESPKeys{}
@@ -289,7 +364,7 @@ func (b *Backend) enqueue(r request) {
 	defer b.mu.Unlock()
 	switch {
 	case b.closed:
-		go r.cancel()
+		go r.cancel(b.keep)
 		return
 	case r.op != opRemove && b.waiting >= b.cfg.Queue:
 		r.p.Keys.Zero()
@@ -304,10 +379,10 @@ func (b *Backend) enqueue(r request) {
 	}
 }
 
-// cancel answers a request that came too late. A removal has its wish: Close removes everything.
-func (r *request) cancel() {
+// cancel answers a request that came too late. A removal has its wish if Close removes everything.
+func (r *request) cancel(kept bool) {
 	r.p.Keys.Zero()
-	if r.op == opRemove {
+	if r.op == opRemove && !kept {
 		r.done(nil)
 	} else {
 		r.done(ErrClosed)
@@ -339,17 +414,9 @@ func (b *Backend) Statistics() (map[string]uint64, error) { return statistics(b.
 // port; a New before that turns them back. Sockets of the protected ports should be closed before Close, because
 // nothing refuses clear packets to them after that time. A done callback must not call Close.
 func (b *Backend) Close() error {
-	b.mu.Lock()
-	again := b.closed
-	if b.closed = true; !again {
-		close(b.wake)
-	}
-	b.mu.Unlock()
-	<-b.stopped
-	if again {
+	if !b.end(false) {
 		return nil
 	}
-
 	// The policies first, each in one step from demanding ESP to dropping: there is no moment without one, and where this
 	// fails the template stays, which drops as well once its states are gone.
 	err := retire(b.conn, b.policies, b.cfg.block)
@@ -357,4 +424,35 @@ func (b *Backend) Close() error {
 	_, e := b.conn.sweep(b.owned)
 	b.installed.Store(0)
 	return errors.Join(err, e, b.closeSockets())
+}
+
+// Detach implements sa.Backend: removals still waiting are carried out, other requests fail, and then our SAs and the
+// policies stay as they are. The SAs go on working, for the next New and Adopt to take over; nothing passes a protected
+// port in clear meanwhile. Should nobody come, the SAs end with their hard limits and the policies after them. A done
+// callback must not call Detach.
+func (b *Backend) Detach() error {
+	if !b.end(true) {
+		return nil
+	}
+	return b.closeSockets()
+}
+
+// end stops the worker and the monitor. It returns false if that had been done before.
+func (b *Backend) end(keep bool) bool {
+	b.mu.Lock()
+	first := !b.closed
+	if first {
+		b.closed, b.keep = true, keep
+		close(b.closing)
+		close(b.wake)
+	}
+	b.mu.Unlock()
+	<-b.stopped
+	if first {
+		if err := b.monitor.close(); err != nil {
+			b.log.Warn("cannot close the expiry monitor", slog.Any("error", err))
+		}
+	}
+	<-b.watched
+	return first
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"strings"
 	"sync"
@@ -316,7 +315,8 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// TestLeftovers: a new start removes the states of an earlier run and takes over or removes its policies.
+// TestLeftovers: a new start takes over or retires the policies of an earlier run; its states stay until Adopt removes
+// those that nobody asks for, or until Close.
 func TestLeftovers(t *testing.T) {
 	k := newFakeKernel()
 	foreign := stateID{gm4, 0x999}
@@ -334,18 +334,18 @@ func TestLeftovers(t *testing.T) {
 	if err := install(t, crashed, testSet(0, false, gcm)); err != nil {
 		t.Fatal(err)
 	}
-	states, policies := map[stateID]stateHead{}, map[policyID]nl.XfrmUserpolicyInfo{}
-	maps.Copy(states, k.states)
-	maps.Copy(policies, k.policies)
-	if err := crashed.Close(); err != nil {
-		t.Fatal(err)
-	}
-	k.states, k.policies = states, policies
+	kill(t, crashed)
 
 	var text strings.Builder
 	cfg = testConfig()
 	cfg.Logger = slog.New(slog.NewTextHandler(&text, nil))
 	b := newFake(t, k, cfg)
+	if s, _ := k.count(); s != 5 {
+		t.Errorf("%d states after New, want all 5", s)
+	}
+	if a, err := b.Adopt(t.Context(), nil); err != nil || a.Removed != 4 {
+		t.Errorf("Adopt: %+v, %v; want 4 removed", a, err)
+	}
 	verify := func() {
 		t.Helper()
 		if s, p := k.count(); s != 1 || p != policiesOf+6+1 {
@@ -357,7 +357,7 @@ func TestLeftovers(t *testing.T) {
 	}
 	verify()
 	for _, want := range []string{
-		`"removed SAs of an earlier run" count=4`, fmt.Sprintf(`"took over policies of an earlier run" count=%d`, policiesOf),
+		"sas_removed=4 foreign_spis=1", fmt.Sprintf(`"took over policies of an earlier run" count=%d`, policiesOf),
 		"stay blocked for a while\" policies=6 at_most=3m20s",
 	} {
 		if !strings.Contains(text.String(), want) {
@@ -372,8 +372,24 @@ func TestLeftovers(t *testing.T) {
 	if n := k.retired(); n != policiesOf+6 {
 		t.Errorf("after Close %d policies block and expire, want %d", n, policiesOf+6)
 	}
-	newFake(t, k, cfg)
+	b = newFake(t, k, cfg)
 	verify()
+
+	// Without Adopt the leftovers go with Close.
+	if err := install(t, b, testSet(0, false, gcm)); err != nil {
+		t.Fatal(err)
+	}
+	kill(t, b)
+	b = newFake(t, k, cfg)
+	if s, _ := k.count(); s != 5 || b.Count() != 0 {
+		t.Errorf("%d states and Count %d, want 5 and 0", s, b.Count())
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, _ := k.count(); s != 1 {
+		t.Errorf("%d states after Close, want the foreign one", s)
+	}
 }
 
 // TestInUse: a second backend touches nothing, and gets its turn when the first has ended.
@@ -405,6 +421,7 @@ func TestNewUnlocks(t *testing.T) {
 	}{
 		{"no socket", func(k *fakeKernel) { k.most = 0 }, unix.EMFILE},
 		{"no second socket", func(k *fakeKernel) { k.most = 1 }, unix.EMFILE},
+		{"no monitor", func(k *fakeKernel) { k.most = 2 }, unix.EMFILE},
 		{"no ESP", func(k *fakeKernel) {
 			k.refuse = func(uint16, stateID) unix.Errno { return unix.EPROTONOSUPPORT }
 		}, ErrNoESP},

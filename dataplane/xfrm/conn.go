@@ -51,16 +51,10 @@ const (
 // openSocket opens a NETLINK_XFRM socket in a namespace, nil for the process's.
 func openSocket(ns *hostnet.NS) (socket, error) {
 	var fd int
-	open := func() (err error) {
+	err := inside(ns, func() (err error) {
 		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_XFRM)
 		return err
-	}
-	var err error
-	if ns != nil {
-		err = ns.Do(open)
-	} else {
-		err = open()
-	}
+	})
 	if err != nil {
 		return nil, fmt.Errorf("open XFRM netlink socket: %w", err)
 	}
@@ -186,7 +180,7 @@ func (c *conn) run() []error {
 			left -= c.read(c.rbuf[:n])
 			clear(c.rbuf[:n]) // dumps carry keys
 		} else if errors.Is(err, unix.ENOBUFS) {
-			err = nil // acknowledgements were lost; those that were not are still to come
+			err, c.broken = nil, true // acknowledgements were lost; those that were not are still to come
 		}
 	}
 	if err != nil {
@@ -271,18 +265,32 @@ var errDumpInterrupted = errors.New("dump interrupted by changes")
 
 // states returns the states of which keep says yes.
 func (c *conn) states(keep func(stateHead) bool) (ids []stateID, err error) {
+	err = c.dumpStates(func() { ids = ids[:0] }, func(info *nl.XfrmUsersaInfo, _ []byte) error {
+		if h := headOf(info); keep(h) {
+			ids = append(ids, h.id)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return ids, nil
+}
+
+// dumpStates shows every state of the namespace with its attributes to each, one at a time: they carry keys and are
+// overwritten afterwards. It calls reset before each attempt. After an error of each, it sees no more.
+func (c *conn) dumpStates(reset func(), each func(info *nl.XfrmUsersaInfo, attrs []byte) error) error {
+	var err error
 	for range dumpTries {
-		ids = ids[:0]
+		reset()
 		var bad error
 		err = c.ask(nl.XFRM_MSG_GETSA, unix.NLM_F_DUMP, 0, func(typ uint16, body []byte) {
-			if typ != nl.XFRM_MSG_NEWSA {
-				return
-			}
-			h, err := parseState(body)
-			if err != nil {
-				bad = err
-			} else if keep(h) {
-				ids = append(ids, h.id)
+			switch {
+			case bad != nil || typ != nl.XFRM_MSG_NEWSA:
+			case len(body) < nl.SizeofXfrmUsersaInfo:
+				bad = errShortMessage
+			default:
+				bad = each(nl.DeserializeXfrmUsersaInfo(body), body[nl.SizeofXfrmUsersaInfo:])
 			}
 		})
 		if err = errors.Join(err, bad); err == nil && c.broken {
@@ -292,9 +300,9 @@ func (c *conn) states(keep func(stateHead) bool) (ids []stateID, err error) {
 		break
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list states: %w", err)
+		return fmt.Errorf("list states: %w", err)
 	}
-	return ids, nil
+	return nil
 }
 
 // policies returns all policies of the namespace.
@@ -325,14 +333,17 @@ func (c *conn) policies() (list []nl.XfrmUserpolicyInfo, err error) {
 	return list, nil
 }
 
-// removeStates deletes states; ones that are gone already do not count as errors.
-func (c *conn) removeStates(ids []stateID) error {
-	return c.inBatches(len(ids), func(i int) { c.deleteState(ids[i]) }, func(i int, err error) error {
+// removeStates deletes states and returns how many; ones that are gone already do not count, neither as errors.
+func (c *conn) removeStates(ids []stateID) (int, error) {
+	removed := len(ids)
+	err := c.inBatches(len(ids), func(i int) { c.deleteState(ids[i]) }, func(i int, err error) error {
+		removed--
 		if errors.Is(err, unix.ESRCH) {
 			return nil
 		}
 		return fmt.Errorf("remove SA %s of %s: %w", ids[i].spi, ids[i].dst, err)
 	})
+	return removed, err
 }
 
 // sweep deletes every state of which keep says yes and returns how many there were.
@@ -341,7 +352,7 @@ func (c *conn) sweep(keep func(stateHead) bool) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return len(ids), c.removeStates(ids)
+	return c.removeStates(ids)
 }
 
 // inBatches sends n messages, as many at once as a batch takes. failed sees each error and returns what is left of it.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -20,18 +22,24 @@ import (
 type fakeKernel struct {
 	mu       sync.Mutex
 	states   map[stateID]stateHead
+	bodies   map[stateID][]byte // what NEWSA said of a state, for dumps; one without has a head only
 	policies map[policyID]nl.XfrmUserpolicyInfo
 	sends    [][]uint16                              // message types of every send, in order
 	refuse   func(typ uint16, id stateID) unix.Errno // error for a state message, 0 to go on
 	mute     func(typ uint16, id stateID) bool       // executes the message but loses its acknowledgement
 	gate     chan struct{}                           // if not nil, each send waits for a value
+	dumped   func(n int)                             // called after each state of a dump has been written
+	broken   int                                     // dumps that are marked as interrupted
+	events   *fakeMonitor
 	locked   bool
 	sockets  int // open ones
 	most     int // sockets that can be opened
 }
 
 func newFakeKernel() *fakeKernel {
-	return &fakeKernel{states: map[stateID]stateHead{}, policies: map[policyID]nl.XfrmUserpolicyInfo{}, most: 2}
+	return &fakeKernel{
+		states: map[stateID]stateHead{}, bodies: map[stateID][]byte{}, policies: map[policyID]nl.XfrmUserpolicyInfo{}, most: 5,
+	}
 }
 
 // lock allows one backend at a time.
@@ -69,6 +77,64 @@ func (k *fakeKernel) open() (socket, error) {
 	return &fakeSocket{k: k}, nil
 }
 
+// monitor makes a socket for events.
+func (k *fakeKernel) monitor() (monitor, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.sockets == k.most {
+		return nil, unix.EMFILE
+	}
+	k.sockets++
+	k.events = &fakeMonitor{k: k, queue: make(chan []byte, 100), closed: make(chan struct{})}
+	return k.events, nil
+}
+
+// fakeMonitor delivers events, and ENOBUFS for an empty one.
+type fakeMonitor struct {
+	k      *fakeKernel
+	queue  chan []byte
+	closed chan struct{}
+}
+
+func (m *fakeMonitor) read(b []byte) (int, error) {
+	select {
+	case e := <-m.queue:
+		if len(e) == 0 {
+			return 0, unix.ENOBUFS
+		}
+		return copy(b, e), nil
+	case <-m.closed:
+		return 0, os.ErrClosed
+	}
+}
+
+func (m *fakeMonitor) close() error {
+	close(m.closed)
+	m.k.mu.Lock()
+	defer m.k.mu.Unlock()
+	m.k.sockets--
+	return nil
+}
+
+// event announces that a limit has passed.
+func (m *fakeMonitor) event(typ uint16, body []byte, hard bool) {
+	tail := make([]byte, 8)
+	if hard {
+		tail[0] = 1
+	}
+	m.queue <- netlinkMessage(typ, 0, 0, append(slices.Clone(body), tail...))
+}
+
+// expire ends a state at its hard limit.
+func (k *fakeKernel) expire(id stateID) {
+	k.mu.Lock()
+	body := k.body(id)
+	delete(k.states, id)
+	delete(k.bodies, id)
+	k.mu.Unlock()
+	k.events.event(nl.XFRM_MSG_EXPIRE, body[:nl.SizeofXfrmUsersaInfo], true)
+}
+
 func (k *fakeKernel) count() (states, policies int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -90,6 +156,7 @@ func (k *fakeKernel) retired() (n int) {
 type fakeSocket struct {
 	k     *fakeKernel
 	queue [][]byte
+	flags uint16 // of replies
 }
 
 func (s *fakeSocket) close() error {
@@ -156,15 +223,25 @@ func (s *fakeSocket) execute(typ, flags uint16, seq uint32, id stateID, body []b
 			return unix.EINVAL
 		}
 		s.k.states[id] = h
+		s.k.bodies[id] = slices.Clone(body)
+		nl.DeserializeXfrmUsersaInfo(s.k.bodies[id]).Curlft.AddTime = uint64(time.Now().Unix())
 	case nl.XFRM_MSG_UPDSA:
 		if _, ok := s.k.states[id]; !ok {
 			return unix.ESRCH
+		}
+		if have := s.k.bodies[id]; have != nil { // as the kernel: limits and mark, nothing else
+			nl.DeserializeXfrmUsersaInfo(have).Lft = nl.DeserializeXfrmUsersaInfo(body).Lft
+			mark, marked := findAttr(body[nl.SizeofXfrmUsersaInfo:], nl.XFRMA_SET_MARK)
+			if old, ok := findAttr(have[nl.SizeofXfrmUsersaInfo:], nl.XFRMA_SET_MARK); ok && marked {
+				copy(old, mark)
+			}
 		}
 	case nl.XFRM_MSG_DELSA:
 		if _, ok := s.k.states[id]; !ok {
 			return unix.ESRCH
 		}
 		delete(s.k.states, id)
+		delete(s.k.bodies, id)
 	case nl.XFRM_MSG_UPDPOLICY:
 		p, err := parsePolicy(body)
 		if err != nil {
@@ -172,11 +249,27 @@ func (s *fakeSocket) execute(typ, flags uint16, seq uint32, id stateID, body []b
 		}
 		s.k.policies[policyID{p.Sel, p.Dir}] = p
 	case nl.XFRM_MSG_GETSA:
-		for id, h := range s.k.states {
-			i := nl.XfrmUsersaInfo{Family: family(id.dst), Reqid: h.reqid}
-			i.Id = nl.XfrmId{Daddr: address(id.dst), Spi: nl.Swap32(uint32(id.spi)), Proto: unix.IPPROTO_ESP}
-			s.reply(nl.XFRM_MSG_NEWSA, seq, i.Serialize())
+		if flags&unix.NLM_F_DUMP != unix.NLM_F_DUMP {
+			if _, ok := s.k.states[id]; !ok {
+				return unix.ESRCH
+			}
+			s.reply(nl.XFRM_MSG_NEWSA, seq, s.k.body(id))
+			return 0
 		}
+		if s.k.broken > 0 {
+			s.k.broken--
+			s.flags = unix.NLM_F_DUMP_INTR
+		}
+		n := 0
+		for id := range s.k.states {
+			s.reply(nl.XFRM_MSG_NEWSA, seq, s.k.body(id))
+			if n++; s.k.dumped != nil {
+				s.k.mu.Unlock()
+				s.k.dumped(n)
+				s.k.mu.Lock()
+			}
+		}
+		s.flags = 0
 	case nl.XFRM_MSG_GETPOLICY:
 		for _, p := range s.k.policies {
 			s.reply(nl.XFRM_MSG_NEWPOLICY, seq, p.Serialize())
@@ -197,12 +290,26 @@ func (s *fakeSocket) execute(typ, flags uint16, seq uint32, id stateID, body []b
 }
 
 func (s *fakeSocket) reply(typ uint16, seq uint32, body []byte) {
+	s.queue = append(s.queue, netlinkMessage(typ, s.flags, seq, body))
+}
+
+func netlinkMessage(typ, flags uint16, seq uint32, body []byte) []byte {
 	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
 	b = binary.NativeEndian.AppendUint16(b, typ)
-	b = binary.NativeEndian.AppendUint16(b, 0)
+	b = binary.NativeEndian.AppendUint16(b, flags)
 	b = binary.NativeEndian.AppendUint32(b, seq)
 	b = binary.NativeEndian.AppendUint32(b, 0)
-	s.queue = append(s.queue, append(b, body...))
+	return append(b, body...)
+}
+
+// body is what a dump says of a state.
+func (k *fakeKernel) body(id stateID) []byte {
+	if b, ok := k.bodies[id]; ok {
+		return b
+	}
+	i := nl.XfrmUsersaInfo{Family: family(id.dst), Reqid: k.states[id].reqid}
+	i.Id = nl.XfrmId{Daddr: address(id.dst), Spi: nl.Swap32(uint32(id.spi)), Proto: unix.IPPROTO_ESP}
+	return i.Serialize()
 }
 
 func attrBytes(typ uint16, value []byte) []byte {
@@ -217,7 +324,10 @@ func bodyID(typ uint16, body []byte) stateID {
 	case nl.XFRM_MSG_NEWSA, nl.XFRM_MSG_UPDSA:
 		h, _ := parseState(body)
 		return h.id
-	case nl.XFRM_MSG_DELSA:
+	case nl.XFRM_MSG_DELSA, nl.XFRM_MSG_GETSA:
+		if len(body) == 0 { // a dump
+			return stateID{}
+		}
 		i := nl.DeserializeXfrmUsersaId(body)
 		return stateID{netipOf(i.Daddr, i.Family), ims.SPI(nl.Swap32(i.Spi))}
 	}
@@ -297,6 +407,15 @@ func install(t *testing.T, b *Backend, p sa.Params) error {
 func remove(t *testing.T, b *Backend, p sa.Params) error {
 	t.Helper()
 	return wait(t, func(done func(error)) { b.Remove(p, done) })
+}
+
+// kill ends a backend the way a crash does: everything stays in the kernel.
+func kill(t *testing.T, b *Backend) {
+	t.Helper()
+	b.end(false)
+	if err := b.closeSockets(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // newFake returns a backend on a fake kernel.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -46,19 +47,6 @@ func wantStates(t *testing.T, b *Backend, want int) {
 	t.Helper()
 	if n, err := b.KernelCount(); err != nil || n != want {
 		t.Errorf("KernelCount %d %v, want %d", n, err, want)
-	}
-}
-
-// kill ends a backend the way a crash does: everything stays in the kernel.
-func kill(t *testing.T, b *Backend) {
-	t.Helper()
-	b.mu.Lock()
-	b.closed = true
-	close(b.wake)
-	b.mu.Unlock()
-	<-b.stopped
-	if err := b.closeSockets(); err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -170,6 +158,10 @@ func TestGuestForeign(t *testing.T) {
 	kill(t, crashed)
 
 	b := newGuest(t, ns)
+	wantStates(t, b, 81)
+	if a, err := b.Adopt(t.Context(), nil); err != nil || a.Removed != 80 || !slices.Equal(a.Foreign, []ims.SPI{0x999}) {
+		t.Errorf("Adopt: %+v, %v; want 80 removed and SPI 0x999 reported", a, err)
+	}
 	wantStates(t, b, 1)
 	if n, err := b.PolicyCount(); err != nil || n != policiesOf+1 {
 		t.Errorf("PolicyCount %d %v, want %d", n, err, policiesOf+1)

@@ -104,6 +104,7 @@ type state struct {
 	keys   *ims.ESPKeys
 	reqid  uint32
 	window int    // replay window of an inbound SA; outbound SAs have none
+	seq    uint32 // the last sequence number used so far: received with a window, sent without one
 	mark   uint32 // packet mark after decryption, 0 for none
 	life   lifetime
 }
@@ -216,23 +217,8 @@ func (m *messages) state(typ uint16, s *state) error {
 
 	m.begin(typ, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
 	m.buf = append(m.buf, info.Serialize()...)
-	if c.aead != "" {
-		key := s.keys.Enc
-		if s.keys.Suite.Alg == ims.AlgAESGMAC {
-			key = s.keys.Auth
-		}
-		m.algo(nl.XFRMA_ALG_AEAD, c.aead, []uint32{c.aeadICVBits}, key, s.keys.Salt[:])
-	} else {
-		m.algo(nl.XFRMA_ALG_AUTH_TRUNC, c.auth, []uint32{c.authTruncation}, s.keys.Auth)
-		m.algo(nl.XFRMA_ALG_CRYPT, c.crypt, nil, s.keys.Enc)
-	}
-	if s.window > legacyWindow {
-		words := (s.window + 31) / 32
-		esn := make([]byte, nl.SizeofXfrmReplayStateEsn+4*words)
-		binary.NativeEndian.PutUint32(esn, uint32(words))         //nolint:gosec // at most 128
-		binary.NativeEndian.PutUint32(esn[20:], uint32(s.window)) //nolint:gosec // at most 4096
-		m.attr(nl.XFRMA_REPLAY_ESN_VAL, esn)
-	}
+	m.keys(c, s.keys)
+	m.replay(s)
 	if s.mark != 0 {
 		m.attr(nl.XFRMA_SET_MARK, binary.NativeEndian.AppendUint32(nil, s.mark))
 		m.attr(nl.XFRMA_SET_MARK_MASK, binary.NativeEndian.AppendUint32(nil, ^uint32(0)))
@@ -241,18 +227,75 @@ func (m *messages) state(typ uint16, s *state) error {
 	return nil
 }
 
+// keys appends the attributes with the algorithms and their keys.
+func (m *messages) keys(c cipher, k *ims.ESPKeys) {
+	if c.aead == "" {
+		m.algo(nl.XFRMA_ALG_AUTH_TRUNC, c.auth, []uint32{c.authTruncation}, k.Auth)
+		m.algo(nl.XFRMA_ALG_CRYPT, c.crypt, nil, k.Enc)
+		return
+	}
+	key := k.Enc
+	if k.Suite.Alg == ims.AlgAESGMAC {
+		key = k.Auth
+	}
+	m.algo(nl.XFRMA_ALG_AEAD, c.aead, []uint32{c.aeadICVBits}, key, k.Salt[:])
+}
+
+// replay appends the replay window and where the sequence numbers go on. Everything up to the number given counts as
+// seen: what was recorded before a reboot is not accepted after it.
+func (m *messages) replay(s *state) {
+	switch {
+	case s.window > legacyWindow: // struct xfrm_replay_state_esn: words, oseq, seq, their high halves, window, bitmap
+		n := (s.window + 31) / 32
+		esn := make([]byte, nl.SizeofXfrmReplayStateEsn+4*n)
+		binary.NativeEndian.PutUint32(esn, uint32(n)) //nolint:gosec // at most 128
+		binary.NativeEndian.PutUint32(esn[8:], s.seq)
+		binary.NativeEndian.PutUint32(esn[20:], uint32(s.window)) //nolint:gosec // at most 4096
+		for i := nl.SizeofXfrmReplayStateEsn; i < len(esn) && s.seq != 0; i++ {
+			esn[i] = 0xff
+		}
+		m.attr(nl.XFRMA_REPLAY_ESN_VAL, esn)
+	case s.seq == 0:
+	case s.window > 0: // struct xfrm_replay_state: oseq, seq, bitmap
+		m.attr(nl.XFRMA_REPLAY_VAL, words(0, s.seq, ^uint32(0)))
+	default:
+		m.attr(nl.XFRMA_REPLAY_VAL, words(s.seq, 0, 0))
+	}
+}
+
+// words returns numbers in the machine's byte order.
+func words(list ...uint32) (b []byte) {
+	for _, w := range list {
+		b = binary.NativeEndian.AppendUint32(b, w)
+	}
+	return b
+}
+
 // stateID is the kernel's key of a state (the protocol is always ESP).
 type stateID struct {
 	dst netip.Addr
 	spi ims.SPI
 }
 
+// stateKey is a stateID for large maps: without a pointer in it, and smaller.
+type stateKey struct {
+	dst [16]byte
+	spi ims.SPI
+}
+
+func (id stateID) key() stateKey { return stateKey{id.dst.As16(), id.spi} }
+
+// getState appends a GETSA message for one state.
+func (m *messages) getState(id stateID) { m.aboutState(nl.XFRM_MSG_GETSA, id) }
+
 // deleteState appends a DELSA message.
-func (m *messages) deleteState(id stateID) {
+func (m *messages) deleteState(id stateID) { m.aboutState(nl.XFRM_MSG_DELSA, id) }
+
+func (m *messages) aboutState(typ uint16, id stateID) {
 	k := nl.XfrmUsersaId{
 		Daddr: address(id.dst), Spi: nl.Swap32(uint32(id.spi)), Family: family(id.dst), Proto: unix.IPPROTO_ESP,
 	}
-	m.begin(nl.XFRM_MSG_DELSA, 0)
+	m.begin(typ, 0)
 	m.buf = append(m.buf, k.Serialize()...)
 	m.end()
 }
@@ -336,11 +379,25 @@ func parseState(b []byte) (stateHead, error) {
 	if len(b) < nl.SizeofXfrmUsersaInfo {
 		return stateHead{}, errShortMessage
 	}
-	i := nl.DeserializeXfrmUsersaInfo(b)
+	return headOf(nl.DeserializeXfrmUsersaInfo(b)), nil
+}
+
+func headOf(i *nl.XfrmUsersaInfo) stateHead {
 	return stateHead{
 		id:    stateID{dst: netipOf(i.Id.Daddr, i.Family), spi: ims.SPI(nl.Swap32(i.Id.Spi))},
 		reqid: i.Reqid, esp: i.Id.Proto == unix.IPPROTO_ESP,
-	}, nil
+	}
+}
+
+// sequences reads how far a dumped state has got: the highest number received and the last one sent.
+func sequences(attrs []byte) (in, out uint32) {
+	if v, ok := findAttr(attrs, nl.XFRMA_REPLAY_ESN_VAL); ok && len(v) >= nl.SizeofXfrmReplayStateEsn {
+		return binary.NativeEndian.Uint32(v[8:]), binary.NativeEndian.Uint32(v[4:])
+	}
+	if v, ok := findAttr(attrs, nl.XFRMA_REPLAY_VAL); ok && len(v) >= 8 {
+		return binary.NativeEndian.Uint32(v[4:]), binary.NativeEndian.Uint32(v)
+	}
+	return 0, 0
 }
 
 func parsePolicy(b []byte) (nl.XfrmUserpolicyInfo, error) {

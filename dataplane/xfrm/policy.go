@@ -94,10 +94,7 @@ func protect(c *conn, ps []policy, reqid uint32, block time.Duration, log *slog.
 	if err != nil {
 		return err
 	}
-	err = c.inBatches(len(ps), func(i int) { c.updatePolicy(&ps[i]) }, func(i int, err error) error {
-		return fmt.Errorf("add policy %s: %w", ps[i], err)
-	})
-	if err != nil {
+	if err := place(c, ps); err != nil {
 		return err
 	}
 
@@ -112,7 +109,7 @@ func protect(c *conn, ps []policy, reqid uint32, block time.Duration, log *slog.
 		switch {
 		case ours[id]:
 			adopted++
-		case id.sel.User == policyTag(reqid) && found[i].Lft.HardAddExpiresSeconds != 0:
+		case id.sel.User == policyTag(reqid) && retired(&found[i], block):
 			expiring++
 		case id.sel.User == policyTag(reqid):
 			stale = append(stale, policy{policyID: id, reqid: reqid})
@@ -133,13 +130,28 @@ func protect(c *conn, ps []policy, reqid uint32, block time.Duration, log *slog.
 	return nil
 }
 
+// place puts policies into the kernel, replacing in one step those with the same selector and direction: their limit
+// starts anew.
+func place(c *conn, ps []policy) error {
+	return c.inBatches(len(ps), func(i int) { c.updatePolicy(&ps[i]) }, func(i int, err error) error {
+		return fmt.Errorf("add policy %s: %w", ps[i], err)
+	})
+}
+
+// retired reports whether a policy is one that retire has left: it ends soon. The limit of the others is far longer.
+func retired(p *nl.XfrmUserpolicyInfo, block time.Duration) bool {
+	return p.Lft.HardAddExpiresSeconds != 0 && p.Lft.HardAddExpiresSeconds <= seconds(block)
+}
+
+// seconds rounds up.
+func seconds(d time.Duration) uint64 { return uint64((d + time.Second - 1) / time.Second) }
+
 // retire turns policies, in place, into block policies that the kernel removes when a time has passed. Deleting them
 // instead would let the kernel send in clear what orphaned TCP connections still hold, see blockAfterClose.
 func retire(c *conn, ps []policy, after time.Duration) error {
-	seconds := uint64((after + time.Second - 1) / time.Second) //nolint:gosec // positive
 	return c.inBatches(len(ps), func(i int) {
 		p := ps[i]
-		p.action, p.expires = actionBlock, seconds
+		p.action, p.expires = actionBlock, seconds(after)
 		c.updatePolicy(&p)
 	}, func(i int, err error) error {
 		return fmt.Errorf("block %s: %w", ps[i], err)

@@ -117,7 +117,7 @@ func probe(c *conn) Support {
 			results[i] = nil
 		}
 	}
-	if err := c.removeStates(added); err != nil {
+	if _, err := c.removeStates(added); err != nil {
 		return refused(fmt.Errorf("remove the states of the probe: %w", err))
 	}
 	return judge(suites, results)

@@ -728,8 +728,8 @@ func TestTrafficRestart(t *testing.T) {
 			t.Errorf("%d policies after the restart, %v; want %d", n, err, policiesOf)
 		}
 		shown = ipShow(t, f.gm, "-s", "xfrm", "policy")
-		if n := strings.Count(shown, "expire add: soft 0(sec), hard 0(sec)"); n != policiesOf {
-			t.Errorf("%d of %d policies without expiry after the restart:\n%s", n, policiesOf, shown)
+		if n := strings.Count(shown, "expire add: soft 0(sec), hard 864000(sec)"); n != policiesOf {
+			t.Errorf("%d of %d policies last ten days after the restart:\n%s", n, policiesOf, shown)
 		}
 		ipBatch(t, f.ue, "xfrm state flush", "xfrm policy flush")
 		f.addUE(t, p)

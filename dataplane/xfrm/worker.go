@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"time"
 
@@ -13,41 +14,78 @@ import (
 	"github.com/gmgate/gmgate/control/sa"
 )
 
-// work executes requests until Close.
+// work executes requests and renews the policies until Close or Detach.
 func (b *Backend) work() {
 	defer close(b.stopped)
+	renewal := time.NewTimer(b.cfg.renewal)
+	defer renewal.Stop()
 	var batch []request
-	for range b.wake {
-		for {
-			var refused []func(error)
-			batch, refused = b.take(batch[:0])
-			for _, done := range refused {
-				done(ErrBusy)
+	for {
+		select {
+		case _, open := <-b.wake:
+			if !open {
+				return
 			}
-			if len(batch) == 0 {
-				break
-			}
-			b.execute(batch)
-			for i := range batch {
-				batch[i].done(batch[i].err)
-			}
-			clear(batch)
+			batch = b.serve(batch)
+		case <-renewal.C:
+			renewal.Reset(b.renew())
+		case <-b.expired:
+			b.log.Warn("constant policies had expired; was the clock set?")
+			renewal.Reset(b.renew())
 		}
 	}
 }
 
+// serve executes requests until none is waiting. It works in the slice given and returns it.
+func (b *Backend) serve(batch []request) []request {
+	for {
+		var refused []func(error)
+		batch, refused = b.take(batch[:0])
+		for _, done := range refused {
+			done(ErrBusy)
+		}
+		if len(batch) == 0 {
+			return batch
+		}
+		b.execute(batch)
+		for i := range batch {
+			batch[i].done(batch[i].err)
+		}
+		clear(batch)
+	}
+}
+
+// renew makes the limits of the policies start anew and returns when to do it again.
+func (b *Backend) renew() time.Duration {
+	if err := place(b.conn, b.policies); err != nil {
+		b.log.Error("cannot renew the constant policies", slog.Any("error", err))
+		return min(renewalRetry, b.cfg.renewal)
+	}
+	return b.cfg.renewal
+}
+
 // take moves the next requests from the queue into batch. Two requests of one batch never concern the same set or the
 // same SA, so that their order inside the batch does not matter and undoing one cannot harm another. After Close it
-// answers whatever is waiting.
+// answers whatever is waiting; after Detach it still hands out the removals.
 func (b *Backend) take(batch []request) ([]request, []func(error)) {
 	b.mu.Lock()
 	if len(b.pending) == 0 {
 		b.pending, b.queue = b.queue, nil
 	}
-	refused, closed := b.refused, b.closed
+	refused := b.refused
 	b.refused = nil
+	var late []request
+	keep := b.keep
+	if b.closed {
+		late = slices.Concat(b.pending, b.queue)
+		b.pending, b.queue = nil, nil
+		if keep {
+			b.pending = slices.DeleteFunc(slices.Clone(late), func(r request) bool { return r.op != opRemove })
+			late = slices.DeleteFunc(late, func(r request) bool { return r.op == opRemove })
+		}
+	}
 	n := 0
-	for n < len(b.pending) && n < maxSets && !closed {
+	for n < len(b.pending) && n < maxSets {
 		if slices.ContainsFunc(batch, b.pending[n].conflicts) {
 			break
 		}
@@ -57,14 +95,9 @@ func (b *Backend) take(batch []request) ([]request, []func(error)) {
 	clear(b.pending[:n])
 	b.pending = b.pending[n:]
 	b.waiting -= n
-	var late []request
-	if closed {
-		late = slices.Concat(b.pending, b.queue)
-		b.pending, b.queue = nil, nil
-	}
 	b.mu.Unlock()
 	for i := range late {
-		late[i].cancel()
+		late[i].cancel(keep)
 	}
 	return batch, refused
 }
@@ -93,7 +126,12 @@ func ids(p *sa.Params) (list [4]stateID) {
 
 // execute sends the messages of a batch in one system call, undoes what failed, and leaves each request's result in it.
 func (b *Backend) execute(batch []request) {
+	b.books.Lock()
+	defer b.books.Unlock()
 	now := time.Now()
+	for i := range batch {
+		b.flux.note(&batch[i])
+	}
 	b.conn.reset()
 	for i := range batch {
 		r := &batch[i]
@@ -138,8 +176,9 @@ func (b *Backend) compose(r *request, now time.Time) error {
 		if err := b.check(&r.p); err != nil {
 			return fmt.Errorf("install SA set %d: %w", r.p.ID, err)
 		}
-		for _, s := range r.p.SAs() {
-			st := b.state(s, &r.p, lifetimeOf(0, r.p.Hard))
+		for i, s := range r.p.SAs() {
+			st := b.state(s, &r.p, backstop(0, r.p.Hard))
+			st.seq = r.p.Counters[i]
 			if err := b.conn.state(nl.XFRM_MSG_NEWSA, &st); err != nil {
 				return fmt.Errorf("install SA set %d: %w: %w", r.p.ID, ErrParams, err)
 			}
@@ -148,8 +187,11 @@ func (b *Backend) compose(r *request, now time.Time) error {
 		if !installed {
 			return nil // SAs with these SPIs would be somebody else's
 		}
-		for _, id := range ids(&r.p) {
-			b.conn.deleteState(id)
+		for i, id := range ids(&r.p) {
+			if b.owns(r.p.ID, id) {
+				r.sas = append(r.sas, uint8(i)) //nolint:gosec // at most 3
+				b.conn.deleteState(id)
+			}
 		}
 	case opExtend:
 		if !installed {
@@ -157,16 +199,57 @@ func (b *Backend) compose(r *request, now time.Time) error {
 		}
 		// The limit counts from the day the state was added. An update must name algorithms, but only its limits and
 		// mark are taken over: keys, sequence numbers and replay window stay.
-		age := time.Duration(max(now.Unix()-have.added, 0)) * time.Second
 		r.p.Keys = blankKeys(have.suite)
 		for _, s := range r.p.SAs() {
-			st := b.state(s, &r.p, lifetimeOf(age, r.hard))
+			if !b.owns(r.p.ID, stateID{s.Dst.Addr(), s.SPI}) { // expired, and its SPI is another set's now
+				return fmt.Errorf("extend SA set %d: %w", r.p.ID, &KernelError{Errno: unix.ESRCH})
+			}
+			st := b.state(s, &r.p, backstop(ageOf(have.added, now), r.hard))
 			if err := b.conn.state(nl.XFRM_MSG_UPDSA, &st); err != nil {
 				return fmt.Errorf("extend SA set %d: %w", r.p.ID, err)
 			}
 		}
 	}
 	return nil
+}
+
+// owns reports whether a state is an SA of a set.
+func (b *Backend) owns(set uint64, id stateID) bool {
+	o, ok := b.owners[id.key()]
+	return ok && o.id == set
+}
+
+// enter puts a set into the books.
+func (b *Backend) enter(p *sa.Params, added int64) {
+	b.sets[p.ID] = set{added: added, suite: p.Keys.Suite}
+	for i, id := range ids(p) {
+		b.owners[id.key()] = owner{p.ID, uint8(i)} //nolint:gosec // at most 3
+	}
+	b.installed.Add(4)
+}
+
+// strike takes a set out of the books.
+func (b *Backend) strike(p *sa.Params) {
+	for _, id := range ids(p) {
+		if b.owns(p.ID, id) {
+			delete(b.owners, id.key())
+		}
+	}
+	delete(b.sets, p.ID)
+	b.installed.Add(-4)
+}
+
+// ageOf returns how long ago a state was added by the kernel's reckoning.
+func ageOf(added int64, now time.Time) time.Duration {
+	return time.Duration(max(now.Unix()-added, 0)) * time.Second
+}
+
+// backstop is the limit of a state of ours: there always is one, see longestLife.
+func backstop(age, hard time.Duration) lifetime {
+	if hard <= 0 || hard > longestLife {
+		hard = longestLife
+	}
+	return lifetimeOf(age, hard)
 }
 
 // state describes one SA of a set to the kernel.
@@ -193,6 +276,8 @@ func (b *Backend) check(p *sa.Params) error {
 		return fmt.Errorf("%w: UE port 0", ErrParams)
 	case p.SPIs.UC == 0 || p.SPIs.US == 0 || p.SPIs.PC == 0 || p.SPIs.PS == 0:
 		return fmt.Errorf("%w: SPI 0", ErrParams) // RFC 4303 §2.1
+	case slices.Contains(p.Counters[:], math.MaxUint32):
+		return fmt.Errorf("%w: %w", ErrParams, sa.ErrSequence)
 	}
 	return nil
 }
@@ -203,6 +288,9 @@ func (b *Backend) settle(r *request, results []error, now time.Time) (undo, unkn
 	sas := r.p.SAs()
 	errs := make([]error, 0, len(results))
 	for i, err := range results {
+		if r.op == opRemove {
+			i = int(r.sas[i])
+		}
 		id := stateID{sas[i].Dst.Addr(), sas[i].SPI}
 		switch {
 		case err == nil:
@@ -223,12 +311,10 @@ func (b *Backend) settle(r *request, results []error, now time.Time) (undo, unkn
 		if r.err != nil {
 			return undo, unknown
 		}
-		b.sets[r.p.ID] = set{added: now.Unix(), suite: r.p.Keys.Suite}
-		b.installed.Add(4)
+		b.enter(&r.p, now.Unix())
 	case opRemove:
-		if len(results) > 0 && r.err == nil {
-			delete(b.sets, r.p.ID)
-			b.installed.Add(-4)
+		if _, installed := b.sets[r.p.ID]; installed && r.err == nil {
+			b.strike(&r.p)
 		}
 		return nil, unknown
 	case opExtend:
@@ -239,7 +325,7 @@ func (b *Backend) settle(r *request, results []error, now time.Time) (undo, unkn
 // takeBack removes what failed requests left. An SA that nobody acknowledged is only removed if it carries our reqid:
 // the answer that got lost may have been that it belongs to somebody else.
 func (b *Backend) takeBack(undo, unknown []stateID) {
-	err := b.conn.removeStates(undo)
+	_, err := b.conn.removeStates(undo)
 	if len(unknown) > 0 {
 		_, e := b.conn.sweep(func(h stateHead) bool { return b.owned(h) && slices.Contains(unknown, h.id) })
 		err = errors.Join(err, e)
