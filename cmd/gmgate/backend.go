@@ -9,6 +9,7 @@ import (
 	"github.com/gmgate/gmgate/control/config"
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/proxy"
 	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/dataplane/esptun"
 	"github.com/gmgate/gmgate/dataplane/hostnet"
@@ -18,7 +19,7 @@ import (
 
 // backend is the ESP backend that was chosen.
 type backend struct {
-	sa.Installer
+	sa.Backend
 	name   string
 	reason string      // why this one
 	hidden *hostnet.NS // where protected sockets must be made; nil: here
@@ -28,19 +29,19 @@ type backend struct {
 }
 
 // openBackend opens the ESP backend: with auto the kernel where it can do ESP, else user space.
-func openBackend(cfg *config.Config, log *slog.Logger) (*backend, error) {
+func openBackend(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger) (*backend, error) {
 	switch cfg.ESP.Backend {
 	case config.BackendXFRM:
-		return openKernel(cfg, log, "configured")
+		return openKernel(cfg, fleet, log, "configured")
 	case config.BackendUserspace:
-		return openUserspace(cfg, log, "configured")
+		return openUserspace(cfg, fleet, log, "configured")
 	case config.BackendAuto:
 	}
 	support := xfrm.Probe(nil)
 	if why := cannotUse(&support, cfg); why != "" {
-		return openUserspace(cfg, log, "auto: "+why)
+		return openUserspace(cfg, fleet, log, "auto: "+why)
 	}
-	return openKernel(cfg, log, "auto: "+support.Reason)
+	return openKernel(cfg, fleet, log, "auto: "+support.Reason)
 }
 
 // cannotUse says why the kernel's ESP does not do for a configuration, nothing if it does. Missing privileges are no such
@@ -63,16 +64,16 @@ func cannotUse(s *xfrm.Support, cfg *config.Config) string {
 	return ""
 }
 
-func openKernel(cfg *config.Config, log *slog.Logger, reason string) (*backend, error) {
+func openKernel(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger, reason string) (*backend, error) {
 	b, err := xfrm.New(xfrm.Config{
 		Local: cfg.Gm.Addresses, ServerPorts: cfg.Gm.ServerPorts, ClientPorts: cfg.Gm.ClientPorts,
-		Window: cfg.ESP.ReplayWindow, Logger: log,
+		Window: cfg.ESP.ReplayWindow, Logger: log, Expired: fleet.Expired,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open ESP backend xfrm: %w", err)
 	}
 	support := b.Support()
-	k := &backend{Installer: b, name: "xfrm", reason: reason, able: support.Suites, kernel: b.Statistics}
+	k := &backend{Backend: b, name: "xfrm", reason: reason, able: support.Suites, kernel: b.Statistics}
 	if len(k.suites(cfg.Security.Suites())) == 0 {
 		return nil, errors.Join(fmt.Errorf("open ESP backend xfrm: the kernel can do none of the configured algorithms: %s",
 			support.Reason), b.Close())
@@ -80,14 +81,14 @@ func openKernel(cfg *config.Config, log *slog.Logger, reason string) (*backend, 
 	return k, nil
 }
 
-func openUserspace(cfg *config.Config, log *slog.Logger, reason string) (*backend, error) {
+func openUserspace(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger, reason string) (*backend, error) {
 	b, err := useresp.New(useresp.Config{
-		Local: cfg.Gm.Addresses, Window: cfg.ESP.ReplayWindow, MTU: cfg.ESP.TunMTU, Logger: log,
+		Local: cfg.Gm.Addresses, Window: cfg.ESP.ReplayWindow, MTU: cfg.ESP.TunMTU, Logger: log, Expired: fleet.Expired,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open ESP backend userspace: %w", err)
 	}
-	return &backend{Installer: b, name: "userspace", reason: reason, hidden: b.Hidden(), stats: b.Stats}, nil
+	return &backend{Backend: b, name: "userspace", reason: reason, hidden: b.Hidden(), stats: b.Stats}, nil
 }
 
 // suites returns those of the configured suites that the backend can do.

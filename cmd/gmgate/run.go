@@ -56,23 +56,36 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 	metrics := observe.New(workers)
 	metrics.BuildInfo(version, vcsRevision())
 
-	back, err := openBackend(cfg, log)
+	keep, err := openKeeper(ctx, cfg, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, back.Close()) }()
+	defer func() { err = errors.Join(err, keep.close()) }()
+	fleet := new(proxy.Fleet)
+	back, err := openBackend(cfg, fleet, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, keep.release(back)) }()
 	back.observe(metrics)
 
-	shared, err := proxyConfig(cfg, back.suites(cfg.Security.Suites()))
+	key, err := keep.tokenKey()
 	if err != nil {
 		return err
 	}
+	shared := proxyConfig(cfg, back.suites(cfg.Security.Suites()), fleet, key)
+	if err := keep.load(ctx, cfg, shared, back); err != nil {
+		return err
+	}
+	stopWatch := keep.watch(ctx, cfg, shared, back, metrics)
+	defer func() { err = errors.Join(err, stopWatch()) }()
 	handlers := make([]front.Handler, workers)
 	for i := range workers {
-		w, err := proxy.New(shared, i, measured{back.Installer, metrics}, metrics, log.With("worker", i))
+		w, err := proxy.New(shared, i, measured{back, metrics}, metrics, log.With("worker", i))
 		if err != nil {
 			return err
 		}
+		keep.hand(i, w)
 		handlers[i] = handler{w}
 	}
 	f, err := front.New(frontConfig(cfg, back, log), handlers)
@@ -138,11 +151,7 @@ func (m measured) timed(op string, done func(error)) func(error) {
 }
 
 // proxyConfig translates the configuration for the workers.
-func proxyConfig(cfg *config.Config, suites []ims.Suite) (*proxy.Config, error) {
-	key, err := proxy.NewTokenKey()
-	if err != nil {
-		return nil, err
-	}
+func proxyConfig(cfg *config.Config, suites []ims.Suite, fleet *proxy.Fleet, tokens ims.Key) *proxy.Config {
 	p := &proxy.Config{
 		Workers: cfg.WorkerCount(),
 		Gm:      cfg.Gm.Addresses, GmPort: cfg.Gm.Port, UDPLimit: cfg.Gm.UDPLimit,
@@ -161,7 +170,7 @@ func proxyConfig(cfg *config.Config, suites []ims.Suite) (*proxy.Config, error) 
 		VisitedNetwork: cfg.Mw.VisitedNetwork, OrigIOI: cfg.Mw.OrigIOI,
 		QuoteIntegrity: cfg.Mw.IntegrityProtectedQuoted, RegisterTimeout: cfg.Mw.RegisterTimeout,
 		HealthInterval: cfg.Mw.HealthInterval,
-		Fleet:          new(proxy.Fleet), TokenKey: key, SPIFirst: cfg.Security.SPI.First, SPILast: cfg.Security.SPI.Last,
+		Fleet:          fleet, TokenKey: tokens, SPIFirst: cfg.Security.SPI.First, SPILast: cfg.Security.SPI.Last,
 	}
 	if cfg.Mw.IntegrityProtectedClear == config.IntegrityNo {
 		p.ClearIntegrity = "no"
@@ -169,7 +178,7 @@ func proxyConfig(cfg *config.Config, suites []ims.Suite) (*proxy.Config, error) 
 	for _, h := range cfg.Mw.NextHops {
 		p.NextHops = append(p.NextHops, ims.Hop{Addr: h.Addr, Transport: h.Transport})
 	}
-	return p, nil
+	return p
 }
 
 // frontConfig lists the sockets: the unprotected port, every protected port, and one Mw port per worker.
