@@ -167,6 +167,8 @@ limits:
   pending_per_source: 4096
 timers:
   old_set: 2s
+store:
+  path: ""
 esp:
   backend: userspace
 metrics:
