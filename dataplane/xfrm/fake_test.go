@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/netip"
 	"os"
 	"slices"
@@ -432,3 +433,6 @@ func newFake(t *testing.T, k *fakeKernel, cfg Config) *Backend {
 	})
 	return b
 }
+
+// testLogger writes everything.
+func testLogger(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
