@@ -23,7 +23,11 @@ const testBlock = 2 * time.Second
 // newGuest returns a backend on the real kernel in a namespace of its own.
 func newGuest(t *testing.T, ns *hostnet.NS) *Backend {
 	t.Helper()
-	cfg := testConfig()
+	return newGuestWith(t, ns, testConfig())
+}
+
+func newGuestWith(t *testing.T, ns *hostnet.NS, cfg Config) *Backend {
+	t.Helper()
 	cfg.NS, cfg.block = ns, testBlock
 	cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
 	b, err := New(cfg)
