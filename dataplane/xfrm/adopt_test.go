@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"maps"
 	"math"
 	"net/netip"
@@ -676,7 +677,7 @@ func FuzzEvents(f *testing.F) {
 	f.Add(netlinkMessage(nl.XFRM_MSG_EXPIRE, 0, 0, make([]byte, nl.SizeofXfrmUsersaInfo+8)))
 	f.Add(netlinkMessage(nl.XFRM_MSG_POLEXPIRE, 0, 0, make([]byte, nl.SizeofXfrmUserpolicyInfo+8)))
 	b := &Backend{
-		reqid: DefaultReqID, expired: make(chan struct{}, 1), owners: map[stateKey]owner{},
+		log: slog.New(slog.DiscardHandler), reqid: DefaultReqID, replace: make(chan struct{}, 1), owners: map[stateKey]owner{},
 		policies: constantPolicies([]netip.Addr{gm4}, []uint16{serverPS}, DefaultReqID),
 	}
 	f.Fuzz(func(t *testing.T, d []byte) {

@@ -91,7 +91,7 @@ type Backend struct {
 	wake      chan struct{}
 	closing   chan struct{} // closed by Close and Detach
 	stopped   chan struct{} // closed when the worker has ended
-	expired   chan struct{} // the kernel has removed one of our policies
+	replace   chan struct{} // the kernel may have removed one of our policies
 
 	mu      sync.Mutex // guards the queue
 	queue   []request
@@ -187,7 +187,7 @@ func newBackend(cfg Config, h host) (*Backend, error) {
 	b := &Backend{
 		cfg: cfg, reqid: uint32(cfg.ReqID), window: cfg.Window, log: cfg.Logger, //nolint:gosec // checked by complete
 		host: h, wake: make(chan struct{}, 1), closing: make(chan struct{}), stopped: make(chan struct{}),
-		expired: make(chan struct{}, 1), watched: make(chan struct{}),
+		replace: make(chan struct{}, 1), watched: make(chan struct{}),
 		sets: make(map[uint64]set), owners: make(map[stateKey]owner),
 	}
 	var err error
@@ -421,7 +421,7 @@ func (b *Backend) Close() error {
 	// fails the template stays, which drops as well once its states are gone.
 	err := retire(b.conn, b.policies, b.cfg.block)
 	// By reqid rather than from our books: this also catches what a failed removal left.
-	_, e := b.conn.sweep(b.owned)
+	e := b.conn.sweep(b.owned)
 	b.installed.Store(0)
 	return errors.Join(err, e, b.closeSockets())
 }

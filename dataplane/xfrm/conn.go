@@ -346,13 +346,13 @@ func (c *conn) removeStates(ids []stateID) (int, error) {
 	return removed, err
 }
 
-// sweep deletes every state of which keep says yes and returns how many there were.
-func (c *conn) sweep(keep func(stateHead) bool) (int, error) {
+// sweep deletes every state of which keep says yes.
+func (c *conn) sweep(keep func(stateHead) bool) error {
 	ids, err := c.states(keep)
-	if err != nil {
-		return 0, err
+	if err == nil {
+		_, err = c.removeStates(ids)
 	}
-	return c.removeStates(ids)
+	return err
 }
 
 // inBatches sends n messages, as many at once as a batch takes. failed sees each error and returns what is left of it.

@@ -5,7 +5,7 @@
 // Policies are constant. For every Gm address and every protected port there is one policy in and one out, open towards
 // the peer, whose template demands transport-mode ESP with our reqid; they are there before the first SA and stay until
 // Close, which turns them into block policies that expire when the kernel has given up the TCP connections of the
-// process. A packet of a protected port that no SA covers is therefore dropped in both directions, whoever sends it
+// process. Detach leaves them as they are. A packet of a protected port that no SA covers is therefore dropped in both directions, whoever sends it
 // (TS 33.203 §7.1: nothing for a protected port in clear). There is no policy per phone: per-phone policies would leave
 // clear packets of every other address alone. See policy.go for the block policies beside them: against forwarding, and
 // against ICMP errors that quote decrypted datagrams.
@@ -21,10 +21,12 @@
 //     message by sequence number, and whatever a failed Install added is taken out again before done is called.
 //   - Objects of other programs are never changed: states are removed only if this process added them or if they carry
 //     our reqid, policies only with our tag in their selector.
-//   - Whatever is left behind by a crash is safe: the policies keep refusing clear packets, the states end with their
-//     hard limit, and the next New takes both over.
-//   - Nothing passes a protected port in clear at any time from New until the block policies after Close expire. Policies
-//     are only ever replaced in place, never deleted.
+//   - Whatever is left behind by a crash or by Detach is safe: the policies keep refusing clear packets, the next New takes
+//     them over, and Adopt takes over the states or removes them. Should nobody come back, the states end with their hard
+//     limit and the policies after ten days, later than any state. While the process lives it renews the policies daily.
+//   - Nothing passes a protected port in clear at any time from New until the block policies after Close expire, or
+//     the policies of a process that died and did not come back within nine days. Policies are only ever replaced in
+//     place, never deleted.
 //   - Nothing here formats a key or a netlink message; buffers that held keys are overwritten.
 //
 // One Backend per network namespace and reqid: New takes a lock, so that a second daemon that is started by mistake
@@ -34,7 +36,9 @@
 // # Concurrency
 //
 // Install, Remove and Extend queue a request and return; one worker goroutine executes them in order, several SA sets
-// per system call, and calls done. Count, KernelCount, PolicyCount and Statistics may be called from any goroutine.
+// per system call, and calls done. Another goroutine reads the kernel's expiry events and calls Config.Expired. Adopt and
+// Survey read the kernel on the goroutine of the caller, each with a socket of its own: the worker waits for all of Adopt,
+// but goes on during Survey, which judges only what it did not touch. All methods may be called from any goroutine.
 //
 // # Time
 //

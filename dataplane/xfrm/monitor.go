@@ -90,7 +90,7 @@ func (b *Backend) watch() {
 			b.events(buf[:n])
 		case errors.Is(err, unix.ENOBUFS):
 			b.log.Warn("expiry events of the kernel were lost", slog.Uint64("times", b.overruns.Add(1)))
-			b.policiesExpired() // perhaps
+			b.placePolicies() // perhaps theirs as well
 		default:
 			if b.interrupted(context.Background()) == nil {
 				b.log.Error("expiry events of the kernel cannot be read any more", slog.Any("error", err))
@@ -118,7 +118,9 @@ func (b *Backend) events(d []byte) {
 		case nl.XFRM_MSG_POLEXPIRE:
 			p, err := parsePolicy(body)
 			if err == nil && hardEvent(body, nl.SizeofXfrmUserpolicyInfo) && b.constant(policyID{p.Sel, p.Dir}) {
-				b.policiesExpired()
+				b.log.Warn("a constant policy expired and is put back; was the clock set?",
+					slog.String("policy", policyID{p.Sel, p.Dir}.String()))
+				b.placePolicies()
 			}
 		}
 	}
@@ -136,11 +138,11 @@ func (b *Backend) constant(id policyID) bool {
 	return false
 }
 
-// policiesExpired has the worker put the policies back. It takes a clock that was set forward in the very second of a
-// renewal, since the kernel's timers otherwise do not notice.
-func (b *Backend) policiesExpired() {
+// placePolicies has the worker put the policies back. A policy expires before its time if the clock is set forward in the
+// very second of a renewal; later the kernel's timer does not look at it.
+func (b *Backend) placePolicies() {
 	select {
-	case b.expired <- struct{}{}:
+	case b.replace <- struct{}{}:
 	default:
 	}
 }

@@ -29,8 +29,7 @@ func (b *Backend) work() {
 			batch = b.serve(batch)
 		case <-renewal.C:
 			renewal.Reset(b.renew())
-		case <-b.expired:
-			b.log.Warn("constant policies had expired; was the clock set?")
+		case <-b.replace:
 			renewal.Reset(b.renew())
 		}
 	}
@@ -299,7 +298,9 @@ func (b *Backend) settle(r *request, results []error, now time.Time) (undo, unkn
 		case r.op == opRemove && errors.Is(err, unix.ESRCH):
 			continue
 		case errors.Is(err, ErrNoAck):
-			unknown = append(unknown, id)
+			if o, taken := b.owners[id.key()]; !taken || o.id == r.p.ID { // another set's is known to be there
+				unknown = append(unknown, id)
+			}
 		}
 		errs = append(errs, fmt.Errorf("%s SA %s %s from %s to %s: %w",
 			r.op, sas[i].Dir, sas[i].SPI, sas[i].Src, sas[i].Dst, err))
@@ -327,7 +328,7 @@ func (b *Backend) settle(r *request, results []error, now time.Time) (undo, unkn
 func (b *Backend) takeBack(undo, unknown []stateID) {
 	_, err := b.conn.removeStates(undo)
 	if len(unknown) > 0 {
-		_, e := b.conn.sweep(func(h stateHead) bool { return b.owned(h) && slices.Contains(unknown, h.id) })
+		e := b.conn.sweep(func(h stateHead) bool { return b.owned(h) && slices.Contains(unknown, h.id) })
 		err = errors.Join(err, e)
 	}
 	if err != nil {
