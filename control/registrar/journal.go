@@ -205,11 +205,16 @@ func (t *Table) byID(id uint64) *Set {
 	return nil
 }
 
-// Walk calls f for the UE contexts from index on, at most n of them, and returns the index to go on with; zero means that
-// there are no more. A context that is added meanwhile may be missed.
+// walkPlaces bounds how many places of the table one Walk looks at for each context that it may visit: a table that was
+// full once has many empty ones.
+const walkPlaces = 16
+
+// Walk calls f for the UE contexts from index on in the order of their index, at most n of them, and returns the index to
+// go on with; zero means that there are no more. A context that is added meanwhile may be missed. f may end contexts.
 func (t *Table) Walk(from uint32, n int, f func(*UE)) (next uint32) {
-	for i := max(int(from), 1); i < len(t.ues); i++ {
-		if n == 0 {
+	i := max(int(from), 1)
+	for end := i + n*walkPlaces; i < len(t.ues); i++ {
+		if n == 0 || i == end {
 			return uint32(i) //nolint:gosec // at most MaxUEs
 		}
 		if u := t.ues[i]; u != nil {
