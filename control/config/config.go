@@ -22,6 +22,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/gmgate/gmgate/control/ims"
@@ -39,6 +40,7 @@ type Config struct {
 	Store    Store
 	ESP      ESP
 	Metrics  Metrics
+	Admin    Admin
 	Log      Log
 }
 
@@ -133,6 +135,11 @@ type ESP struct {
 type Metrics struct {
 	Listen netip.AddrPort // the zero value: none
 	Pprof  bool
+}
+
+// Admin is the operator's access.
+type Admin struct {
+	Socket string // path of the unix socket, with {instance} in it or not; empty: none. SocketPath fills it in
 }
 
 // Log is the logger.
@@ -237,6 +244,7 @@ func Default() *Config {
 		Store:   Store{Path: "/var/lib/gmgate/gmgate.db", Reconcile: time.Minute},
 		ESP:     ESP{Backend: BackendAuto, ReplayWindow: 256, TunMTU: 9000},
 		Metrics: Metrics{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
+		Admin:   Admin{Socket: "/run/gmgate/" + instancePlace + ".sock"},
 		Log:     Log{Level: slog.LevelInfo, Format: FormatText},
 	}
 }
@@ -268,6 +276,15 @@ func (c *Config) WorkerCount() int {
 		return c.Workers
 	}
 	return runtime.GOMAXPROCS(0)
+}
+
+// instancePlace stands for the instance's name in the path of the admin socket, so that several instances on a host get
+// one each by default.
+const instancePlace = "{instance}"
+
+// SocketPath returns the path of the admin socket; empty: none.
+func (c *Config) SocketPath() string {
+	return strings.ReplaceAll(c.Admin.Socket, instancePlace, c.Instance)
 }
 
 // Suites returns the algorithm pairs that may be agreed on, in the order of preference.

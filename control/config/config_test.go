@@ -146,7 +146,7 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 			t.Errorf("%s is neither a section nor a value", path)
 		}
 	})
-	if n != 51 {
+	if n != 52 {
 		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
 	}
 	// Every key differs from its default in everything.yaml, so that none is read into another's place.
@@ -204,6 +204,7 @@ func TestFields(t *testing.T) {
 		Store:   Store{KeyFile: "/etc/gmgate/store.key", Credential: "gmgate-store", Reconcile: 30 * time.Second},
 		ESP:     ESP{Backend: BackendUserspace, ReplayWindow: 1024, TunMTU: 1500},
 		Metrics: Metrics{Pprof: true},
+		Admin:   Admin{Socket: "/run/sip/{instance}/admin"},
 		Log:     Log{Level: slog.LevelDebug, Format: FormatJSON},
 	}
 	if diff := cmp.Diff(want, c, netipByValue); diff != "" {
@@ -406,4 +407,21 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("read back (-before +after):\n%s", diff)
 		}
 	})
+}
+
+// The default socket is one for each instance, whatever the order of the keys.
+func TestSocketPath(t *testing.T) {
+	for text, want := range map[string]string{
+		"instance: edge1": "/run/gmgate/edge1.sock",
+		"admin: {socket: \"/run/{instance}/a\"}\ninstance: b": "/run/b/a",
+		"admin: {socket: /run/x}":                             "/run/x",
+		"admin: {socket: \"\"}":                               "",
+	} {
+		c, err := Parse([]byte(text+"\ngm: {addresses: [10.0.0.5]}\nmw: {addresses: [10.0.1.5], next_hops: [\"10.0.1.9:5060\"]}\n"), "x")
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+		} else if got := c.SocketPath(); got != want {
+			t.Errorf("%s: %q, want %q", text, got, want)
+		}
+	}
 }

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/goccy/go-yaml/ast"
 
@@ -177,6 +178,10 @@ func schema() []field {
 			boolField("pprof", "Serve /debug/pprof there as well. It shows memory: keep the listener on loopback.",
 				func(c *Config) *bool { return &c.Metrics.Pprof }),
 		}},
+		{key: "admin", doc: "Operator's access: gmgate ue, and HTTP with JSON.", sub: []field{
+			socketField("socket", "Path of the unix socket; \"\" switches it off. Whoever may write to it (owner and group) may look\nat registrations and end them.",
+				func(c *Config) *string { return &c.Admin.Socket }),
+		}},
 		{key: "log", doc: "Log, to standard error.", sub: []field{
 			levelField("level", "debug, info, warn or error.", func(c *Config) *slog.Level { return &c.Log.Level }),
 			enumField("format", "text or json.", func(c *Config) *Format { return &c.Log.Format }, FormatText, FormatJSON),
@@ -308,6 +313,27 @@ func textField(key, doc string, at func(*Config) *string, check func(string) str
 		},
 		show: func(c *Config) string { return showText(*at(c)) },
 	}
+}
+
+// maxSocketPath is what a unix socket's address has room for, without the final zero.
+const maxSocketPath = 107
+
+// socketField is checked with the instance's name filled in: that is what has to fit.
+func socketField(key, doc string, at func(*Config) *string) field {
+	f := textField(key, doc, at, nil)
+	f.check = func(c *Config, r *report, path string) {
+		p := c.SocketPath()
+		switch {
+		case p == "":
+		case !filepath.IsAbs(p) || filepath.Clean(p) != p:
+			r.add(path, fmt.Sprintf("%q is not the absolute path of a file", p), "such as /run/gmgate/edge1.sock; abstract sockets and TCP are not offered")
+		case strings.ContainsFunc(p, unicode.IsControl):
+			r.addf(path, "%q has control characters in it", p)
+		case len(p) > maxSocketPath:
+			r.addf(path, "a path of %d bytes is too long for a unix socket, at most %d fit", len(p), maxSocketPath)
+		}
+	}
+	return f
 }
 
 func enumField[T ~string](key, doc string, at func(*Config) *T, values ...T) field {
