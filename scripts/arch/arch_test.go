@@ -44,6 +44,8 @@ var allowed = map[string][]string{
 		"control/observe", "control/store", "dataplane/sipmsg",
 	},
 	"control/survive":  {"control/ims", "control/sa", "control/store"},
+	// The operator's side of proxy: nobody but cmd imports it.
+	"control/admin":    {"control/ims", "control/sa", "control/registrar", "control/proxy"},
 	"dataplane":        {"control/ims", "control/sa", "dataplane"},
 	"dataplane/sipmsg": {"control/ims", "dataplane/sipmsg"},
 	"dataplane/esp":    {"control/ims"},

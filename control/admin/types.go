@@ -1,0 +1,180 @@
+package admin
+
+import (
+	"strconv"
+	"time"
+
+	"github.com/gmgate/gmgate/control/proxy"
+	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/control/sa"
+)
+
+// Status is what GET /v1/status answers.
+type Status struct {
+	Version  string    `json:"version"`
+	Revision string    `json:"revision"`
+	Instance string    `json:"instance"`
+	Started  time.Time `json:"started"`
+	Backend  string    `json:"backend"`
+	Reason   string    `json:"backend_reason"` // why this backend
+	UEs      int       `json:"ues"`
+	SAs      int       `json:"sas"` // in the backend
+	Workers  []Worker  `json:"workers"`
+}
+
+// Worker is the load of one worker.
+type Worker struct {
+	Worker int `json:"worker"`
+	UEs    int `json:"ues"`
+	SPIs   int `json:"spis"` // given out
+}
+
+// Page is what GET /v1/ues answers.
+type Page struct {
+	UEs   []UE   `json:"ues"`
+	After string `json:"after,omitempty"` // ask for the next page with it; empty: this is the last one
+}
+
+// UE is one phone: one IMPI at one address.
+type UE struct {
+	ID           string    `json:"id"` // worker-index-generation
+	Worker       int       `json:"worker"`
+	Index        uint32    `json:"index"`
+	IMPI         string    `json:"impi"`
+	Address      string    `json:"address"`
+	Local        string    `json:"local"` // our address that it talks to
+	State        string    `json:"state"` // pending, registered, deregistered
+	Identities   []string  `json:"identities"`
+	Contact      string    `json:"contact,omitempty"`
+	ServiceRoute []string  `json:"service_route"`
+	NextHop      string    `json:"next_hop,omitempty"`
+	Expires      time.Time `json:"expires,omitzero"` // of the registration
+	Current      string    `json:"current,omitempty"`
+	Sets         []Set     `json:"sets"` // oldest first
+}
+
+// Roles of a set.
+const (
+	RoleCurrent   = "current"   // requests to the UE take it
+	RoleWaiting   = "waiting"   // not in use yet, or not for requests to the UE
+	RoleReceiving = "receiving" // replaced, for what is still on its way
+	RoleEnding    = "ending"    // told to go
+)
+
+// Set is an SA set. SPIs are unsigned.
+type Set struct {
+	ID          string      `json:"id"`    // worker-number
+	Phase       string      `json:"phase"` // reserved, temporary, established, old
+	Role        string      `json:"role"`
+	Algorithms  string      `json:"algorithms"` // alg=ealg
+	SPIs        SPIs        `json:"spis"`
+	Ports       Ports       `json:"ports"`
+	Deadline    time.Time   `json:"deadline,omitzero"` // when it goes unless something happens
+	Over        string      `json:"over,omitempty"`    // the set that its first REGISTER came over; empty: in clear, or that set has gone
+	Used        bool        `json:"used"`              // by the UE, since it was confirmed
+	TCP         bool        `json:"tcp"`               // the UE prefers TCP
+	Connections Connections `json:"connections"`
+}
+
+// SPIs are the SPIs of a set, each named by the port at which its SA ends (TS 33.203 §7.1).
+type SPIs struct {
+	UC uint32 `json:"uc"`
+	US uint32 `json:"us"`
+	PC uint32 `json:"pc"`
+	PS uint32 `json:"ps"`
+}
+
+// Ports are the protected ports of a set (TS 33.203 §7.1).
+type Ports struct {
+	UC uint16 `json:"uc"`
+	US uint16 `json:"us"`
+	PC uint16 `json:"pc"`
+	PS uint16 `json:"ps"`
+}
+
+// Connections are the TCP connections of a set by their number in the worker; zero: none.
+type Connections struct {
+	In  uint32 `json:"in"`  // opened by the UE, uc to ps
+	Out uint32 `json:"out"` // opened by gmgate, pc to us
+}
+
+// Target chooses the registrations that POST /v1/deregister ends. Exactly one field is set. A UE is ended with all its
+// identities, whichever of them was named.
+type Target struct {
+	ID      string `json:"id,omitempty"`
+	IMPI    string `json:"impi,omitempty"`
+	IMPU    string `json:"impu,omitempty"`
+	Contact string `json:"contact,omitempty"` // host:port
+}
+
+// Ended is what POST /v1/deregister answers: the UE contexts as they are afterwards. Their SA sets stay for a while for
+// what is on its way.
+type Ended struct {
+	UEs []UE `json:"ended"`
+}
+
+// Problem is the answer to a request that failed.
+type Problem struct {
+	Text string `json:"error"`
+	Hint string `json:"hint,omitempty"`
+}
+
+func ueOf(u *proxy.UEInfo) UE {
+	v := UE{
+		ID: u.ID.String(), Worker: u.ID.Worker, Index: u.ID.Index, IMPI: u.IMPI, Address: u.Addr.String(),
+		Local: u.Local.String(), State: u.State.String(), Identities: list(u.Identities), Contact: u.Contact,
+		ServiceRoute: list(u.ServiceRoute), Expires: u.Expires, Current: setID(u.Current), Sets: make([]Set, len(u.Sets)),
+	}
+	if u.NextHop.IsValid() {
+		v.NextHop = u.NextHop.String()
+	}
+	for i := range u.Sets {
+		v.Sets[i] = setOf(&u.Sets[i], u)
+	}
+	return v
+}
+
+func uesOf(infos []proxy.UEInfo) []UE {
+	ues := make([]UE, len(infos))
+	for i := range infos {
+		ues[i] = ueOf(&infos[i])
+	}
+	return ues
+}
+
+func setOf(s *proxy.SetInfo, u *proxy.UEInfo) Set {
+	return Set{
+		ID: setID(s.ID), Phase: s.Phase.String(), Role: role(s, u), Algorithms: s.Suite.String(), Deadline: s.Deadline,
+		SPIs:  SPIs{UC: uint32(s.SPIs.UC), US: uint32(s.SPIs.US), PC: uint32(s.SPIs.PC), PS: uint32(s.SPIs.PS)},
+		Ports: Ports(s.Ports), Over: setID(s.Over), Used: s.Used, TCP: s.TCP,
+		Connections: Connections{In: uint32(s.ConnIn), Out: uint32(s.ConnOut)},
+	}
+}
+
+func role(s *proxy.SetInfo, u *proxy.UEInfo) string {
+	switch {
+	case s.Ending || u.State == registrar.Deregistered:
+		return RoleEnding
+	case s.ID == u.Current:
+		return RoleCurrent
+	case s.Phase == sa.Old:
+		return RoleReceiving
+	}
+	return RoleWaiting
+}
+
+// setID prints the id of a set: the worker is in its upper bits. As a number it would be too large for JSON.
+func setID(id uint64) string {
+	if id == 0 {
+		return ""
+	}
+	return strconv.FormatUint(id>>48, 10) + "-" + strconv.FormatUint(id&(1<<48-1), 10)
+}
+
+// list keeps an empty list from being null.
+func list(s []string) []string {
+	if s == nil {
+		return []string{}
+	}
+	return s
+}
