@@ -97,6 +97,7 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 		fmt.Fprintf(&b, "esp:\n  backend: %s\n", o.Backend)
 	}
 	fmt.Fprintf(&b, "metrics:\n  listen: \"127.0.0.1:%d\"\n", PortMetrics)
+	fmt.Fprintf(&b, "admin:\n  socket: %s\n", strconv.Quote(l.AdminSocket()))
 	if o.LogLevel != "" {
 		fmt.Fprintf(&b, "log:\n  level: %s\n", o.LogLevel)
 	}

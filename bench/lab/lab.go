@@ -142,6 +142,11 @@ func New(o Options) (*Lab, error) {
 }
 
 func (l *Lab) build() error {
+	dir := filepath.Dir(l.AdminSocket())
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	l.onClose(func() error { return os.RemoveAll(dir) })
 	for _, n := range []struct {
 		suffix string
 		ns     **hostnet.NS
@@ -203,6 +208,12 @@ func (l *Lab) Plan() Plan { return PlanOf(l.opts.IPv6) }
 
 // Name is what the names of the namespaces start with.
 func (l *Lab) Name() string { return l.name }
+
+// AdminSocket is where the daemon's admin socket lies: outside of the namespaces, which have nothing to do with files.
+// One daemon of a lab can have it at a time; it stays the same over its restarts.
+func (l *Lab) AdminSocket() string {
+	return filepath.Join(os.TempDir(), l.name+configSuffix+"admin", "gmgate.sock")
+}
 
 // onClose puts f on the list of things that Close undoes. After Close f runs at once.
 func (l *Lab) onClose(f func() error) {

@@ -1,5 +1,5 @@
-// Command gmgate is the IPsec SIP front end of an IMS core: the daemon, the check of its configuration, and a
-// demonstration in network namespaces.
+// Command gmgate is the IPsec SIP front end of an IMS core: the daemon, the check of its configuration, the
+// operator's commands, and a demonstration in network namespaces.
 package main
 
 import (
@@ -26,6 +26,7 @@ usage: gmgate COMMAND [FLAGS]
   run -c FILE      run the daemon
   check -c FILE    check a configuration file: every mistake with its line
   example          print a commented configuration file
+  ue COMMAND       look at the phones of a running daemon, and end registrations
   demo [FLAGS]     register phones and make calls through gmgate in network namespaces
   version          print the version
 
@@ -53,6 +54,8 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return checkMain(rest, stdout, stderr)
 	case "example":
 		return exampleMain(stdout, stderr)
+	case "ue":
+		return ueMain(ctx, rest, stdout, stderr)
 	case "demo":
 		return demoMain(ctx, rest, stdout, stderr)
 	case "version", "-version", "--version":

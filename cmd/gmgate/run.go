@@ -104,6 +104,11 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		return err
 	}
 	defer stop()
+	stopAdmin, err := serveAdmin(ctx, cfg, back, shared.Fleet, log)
+	if err != nil {
+		return err
+	}
+	defer stopAdmin()
 	log.Info("ready", "version", version, "backend", back.name, "reason", back.reason, "workers", workers,
 		"gm", cfg.Gm.Addresses, "mw", cfg.Mw.Addresses, "algorithms", fmt.Sprint(shared.Suites))
 	select {

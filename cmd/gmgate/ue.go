@@ -1,0 +1,400 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/gmgate/gmgate/control/admin"
+	"github.com/gmgate/gmgate/control/config"
+)
+
+const ueUsage = `usage: gmgate ue COMMAND [FLAGS]
+
+  list                                         the phones
+  show NAME                                    one of them, with its SA sets
+  deregister AOR | --contact ADDRESS:PORT      end registrations, as the network does
+
+NAME is an IMPI, a public identity (with or without sip: or tel:), an address, or an id of the list;
+AOR is the same without the address. A phone is ended with all its identities.
+
+The daemon is found by its configuration (-c or -f FILE) or by its socket (--socket PATH).
+'gmgate ue COMMAND -h' lists the flags of a command.
+`
+
+// Where the daemon's socket is looked for.
+const (
+	defaultConfig = "/etc/gmgate/gmgate.yaml"
+	defaultRun    = "/run/gmgate"
+)
+
+// ueWidth is the number of columns that tables keep to, as long as one column can be made shorter.
+const ueWidth = 100
+
+// ueFlags are the command line of `gmgate ue`.
+type ueFlags struct {
+	command      string
+	name         string // NAME or AOR
+	file, socket string
+	json         bool
+	limit        int
+
+	impi, impu, addr string // list
+	contact          string // list and deregister
+}
+
+// ueMain looks at the phones of a running daemon. Exit status: 0 done, 1 not found or not reachable, 2 wrong usage.
+func ueMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	o, code := ueParse(args, stdout, stderr)
+	if code >= 0 {
+		return code
+	}
+	if err := ueRun(ctx, &o, stdout); err != nil {
+		_, _ = fmt.Fprintf(stderr, "gmgate ue %s: %v\n", o.command, err)
+		if e, ok := errors.AsType[*admin.Error](err); ok && e.Hint != "" {
+			_, _ = fmt.Fprintf(stderr, "hint: %s\n", e.Hint)
+		}
+		return 1
+	}
+	return 0
+}
+
+// ueParse reads the command line. A code of 0 or more is the exit status to end with.
+func ueParse(args []string, stdout, stderr io.Writer) (o ueFlags, code int) {
+	if len(args) == 0 {
+		_, _ = io.WriteString(stderr, ueUsage)
+		return o, 2
+	}
+	o.command = args[0]
+	switch o.command {
+	case "help", "-h", "-help", "--help":
+		_, _ = io.WriteString(stdout, ueUsage)
+		return o, 0
+	case "list", "show", "deregister":
+	default:
+		_, _ = fmt.Fprintf(stderr, "gmgate ue: no command %q\n\n%s", o.command, ueUsage)
+		return o, 2
+	}
+	fs := flag.NewFlagSet("gmgate ue "+o.command, flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	fs.StringVar(&o.file, "c", "", "configuration `file` of the daemon (default "+defaultConfig+")")
+	fs.StringVar(&o.file, "f", "", "the same as -c `file`")
+	fs.StringVar(&o.socket, "socket", "", "admin socket of the daemon, a `path`")
+	fs.BoolVar(&o.json, "json", false, "print JSON")
+	if o.command == "list" {
+		fs.StringVar(&o.impi, "impi", "", "only this private identity")
+		fs.StringVar(&o.impu, "impu", "", "only phones with this public identity")
+		fs.StringVar(&o.addr, "addr", "", "only phones at this `address`")
+		fs.IntVar(&o.limit, "limit", 1000, "at most so many")
+	}
+	if o.command != "show" {
+		fs.StringVar(&o.contact, "contact", "", "the phone with this contact, `address:port`")
+	}
+	// Flags may stand behind the name as well.
+	var names []string
+	for rest := args[1:]; ; {
+		switch err := fs.Parse(rest); {
+		case errors.Is(err, flag.ErrHelp):
+			return o, 0
+		case err != nil:
+			return o, 2
+		}
+		if fs.NArg() == 0 {
+			break
+		}
+		names, rest = append(names, fs.Arg(0)), fs.Args()[1:]
+	}
+	if problem := o.check(names); problem != "" {
+		_, _ = fmt.Fprintf(stderr, "gmgate ue %s: %s\n", o.command, problem)
+		return o, 2
+	}
+	return o, -1
+}
+
+func (o *ueFlags) check(names []string) string {
+	if len(names) > 0 {
+		o.name = names[0]
+	}
+	switch {
+	case o.command == "list" && len(names) > 0 || len(names) > 1:
+		return fmt.Sprintf("unexpected argument %q", names[len(names)-1])
+	case o.command == "list" && o.limit < 1:
+		return fmt.Sprintf("-limit %d: want 1 or more", o.limit)
+	case o.command == "show" && o.name == "":
+		return "which one? An IMPI, a public identity, an address, or an id of 'gmgate ue list'"
+	case o.command == "deregister" && (o.name == "") == (o.contact == ""):
+		return "want an identity or --contact address:port, one of them"
+	}
+	return ""
+}
+
+func ueRun(ctx context.Context, o *ueFlags, stdout io.Writer) error {
+	path, err := o.socketPath()
+	if err != nil {
+		return err
+	}
+	c := admin.NewClient(path)
+	defer c.Close()
+	var list []admin.UE
+	more := false
+	switch o.command {
+	case "list":
+		q := admin.Query{IMPI: o.impi, IMPU: o.impu, Addr: o.addr, Contact: o.contact}
+		list, more, err = c.UEs(ctx, q, o.limit)
+	case "show":
+		list, err = c.Find(ctx, o.name)
+	case "deregister":
+		if o.contact != "" {
+			list, err = c.Deregister(ctx, admin.Target{Contact: o.contact})
+		} else {
+			list, err = c.DeregisterAOR(ctx, o.name)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if o.json {
+		return writeJSON(stdout, list)
+	}
+	var out string
+	switch o.command {
+	case "list":
+		out = formatList(list, more, time.Now())
+	case "show":
+		out = formatUEs(list, time.Now())
+	case "deregister":
+		out = formatEnded(list, time.Now())
+	}
+	if _, err := io.WriteString(stdout, out); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	return nil
+}
+
+// socketPath finds the daemon's socket.
+func (o *ueFlags) socketPath() (string, error) {
+	if o.socket != "" {
+		return o.socket, nil
+	}
+	file := o.file
+	if file == "" {
+		file = defaultConfig
+	}
+	cfg, err := config.Load(file)
+	switch {
+	case err == nil && cfg.SocketPath() == "":
+		return "", &admin.Error{Text: "admin.socket is switched off in " + file, Hint: `set it, or leave it out to get the default`}
+	case err == nil:
+		return cfg.SocketPath(), nil
+	case o.file == "" && (errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission)):
+		if found, err := filepath.Glob(filepath.Join(defaultRun, "*.sock")); err == nil && len(found) == 1 {
+			return found[0], nil
+		}
+	}
+	return "", &admin.Error{Text: err.Error(), Hint: "name the configuration of the daemon with -c, or its socket with --socket"}
+}
+
+func writeJSON(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	return nil
+}
+
+// formatList prints one line for each phone.
+func formatList(list []admin.UE, more bool, now time.Time) string {
+	if len(list) == 0 {
+		return "no phones\n"
+	}
+	rows := [][]string{{"ID", "IMPI", "ADDRESS", "STATE", "SETS", "EXPIRES"}}
+	for i := range list {
+		u := &list[i]
+		rows = append(rows, []string{u.ID, u.IMPI, u.Address, u.State, strconv.Itoa(len(u.Sets)), until(u.Expires, now)})
+	}
+	out := columns(rows, 1)
+	if more {
+		out += fmt.Sprintf("and more: these are the first %d, see -limit\n", len(list))
+	}
+	return out
+}
+
+// formatEnded says what a de-registration did.
+func formatEnded(list []admin.UE, now time.Time) string {
+	var b strings.Builder
+	for i := range list {
+		u := &list[i]
+		var last time.Time
+		for _, s := range u.Sets {
+			if s.Deadline.After(last) {
+				last = s.Deadline
+			}
+		}
+		_, _ = fmt.Fprintf(&b, "ended %s at %s; its SA sets go in %s\n", printable(u.IMPI), u.Address, until(last, now))
+	}
+	return b.String()
+}
+
+// formatUEs prints phones with everything that is known of them.
+func formatUEs(list []admin.UE, now time.Time) string {
+	var b strings.Builder
+	for i := range list {
+		if i > 0 {
+			b.WriteByte('\n')
+		}
+		formatUE(&b, &list[i], now)
+	}
+	return b.String()
+}
+
+func formatUE(b *strings.Builder, u *admin.UE, now time.Time) {
+	line := func(name string, values ...string) {
+		for _, v := range values {
+			_, _ = fmt.Fprintf(b, "  %-14s %s\n", name, printable(v))
+			name = ""
+		}
+	}
+	_, _ = fmt.Fprintf(b, "UE %s: %s\n", u.ID, u.State)
+	line("IMPI", u.IMPI)
+	line("address", u.Address+", it talks to "+u.Local)
+	line("owner", fmt.Sprintf("worker %d, index %d", u.Worker, u.Index))
+	if !u.Expires.IsZero() {
+		line("expires", fmt.Sprintf("in %s, %s", until(u.Expires, now), u.Expires.UTC().Format("2006-01-02 15:04:05 MST")))
+	}
+	if u.Contact != "" {
+		line("contact", u.Contact)
+	}
+	line("identities", u.Identities...)
+	line("service route", u.ServiceRoute...)
+	if u.NextHop != "" {
+		line("next hop", u.NextHop)
+	}
+	b.WriteByte('\n')
+	for _, l := range strings.SplitAfter(columns(setRows(u.Sets, now), -1), "\n") {
+		if l != "" {
+			b.WriteString("  " + l)
+		}
+	}
+}
+
+// setRows describes SA sets, three lines each. SPIs are unsigned, as in the Security headers.
+func setRows(sets []admin.Set, now time.Time) [][]string {
+	rows := make([][]string, 1, 1+3*len(sets))
+	rows[0] = []string{"SET", "PHASE", "ROLE", "GOES IN", "", "UC", "US", "PC", "PS"}
+	for i := range sets {
+		s := &sets[i]
+		n := func(v uint32) string { return strconv.FormatUint(uint64(v), 10) }
+		p := func(v uint16) string { return n(uint32(v)) }
+		rows = append(rows,
+			// Wide enough for what the lines below say.
+			[]string{s.ID, pad(s.Phase, 11), pad(s.Role, 9), until(s.Deadline, now), "SPI", n(s.SPIs.UC), n(s.SPIs.US), n(s.SPIs.PC), n(s.SPIs.PS)},
+			[]string{"", s.Algorithms, "", "", "port", p(s.Ports.UC), p(s.Ports.US), p(s.Ports.PC), p(s.Ports.PS)})
+		if h := setHistory(s); h != "" {
+			rows = append(rows, []string{"", h, "", "", "", "", "", "", ""})
+		}
+	}
+	return rows
+}
+
+// setHistory says how a set came to be, and what goes over it.
+func setHistory(s *admin.Set) string {
+	var says []string
+	if s.Over != "" {
+		says = append(says, "made over set "+s.Over)
+	}
+	if s.TCP {
+		says = append(says, "prefers TCP")
+	}
+	if n := s.Connections.In; n != 0 {
+		says = append(says, fmt.Sprintf("connection %d of the phone", n))
+	}
+	if n := s.Connections.Out; n != 0 {
+		says = append(says, fmt.Sprintf("connection %d to the phone", n))
+	}
+	return strings.Join(says, ", ")
+}
+
+// columns aligns rows. Where they are too wide, the given column is cut; none if it is negative.
+func columns(rows [][]string, cut int) string {
+	widths := make([]int, len(rows[0]))
+	for _, r := range rows {
+		for j := range r {
+			r[j] = printable(r[j])
+			if j+1 < len(r) && r[j+1] == "" {
+				continue // it may run over the empty ones
+			}
+			widths[j] = max(widths[j], utf8.RuneCountInString(r[j]))
+		}
+	}
+	total := 2 * (len(widths) - 1)
+	for _, w := range widths {
+		total += w
+	}
+	if cut >= 0 && total > ueWidth {
+		widths[cut] = max(8, widths[cut]-(total-ueWidth))
+	}
+	var b strings.Builder
+	for _, r := range rows {
+		line := ""
+		at := 0
+		for j, cell := range r {
+			if j == cut {
+				cell = shorten(cell, widths[j])
+			}
+			if cell != "" {
+				line = pad(line, at) + cell
+			}
+			at += widths[j] + 2
+		}
+		b.WriteString(line + "\n")
+	}
+	return b.String()
+}
+
+func shorten(s string, n int) string {
+	if r := []rune(s); len(r) > n {
+		return string(r[:n-1]) + "…"
+	}
+	return s
+}
+
+// printable keeps what phones have sent from driving the operator's terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+// until prints how long it is to a time, with two units at most.
+func until(t, now time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	d := t.Sub(now).Round(time.Second)
+	switch {
+	case d <= 0:
+		return "now"
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", d/time.Second)
+	case d < time.Hour:
+		return fmt.Sprintf("%dm%02ds", d/time.Minute, d%time.Minute/time.Second)
+	case d < 24*time.Hour:
+		return fmt.Sprintf("%dh%02dm", d/time.Hour, d%time.Hour/time.Minute)
+	}
+	return fmt.Sprintf("%dd%02dh", d/(24*time.Hour), d%(24*time.Hour)/time.Hour)
+}

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/gmgate/gmgate/control/admin"
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/proxy"
+	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/control/sa"
+)
+
+var ueNow = time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
+
+func ueSample() admin.UE {
+	return admin.UE{
+		ID: "0-17-3", Worker: 0, Index: 17, IMPI: "001010000000001@ims.mnc001.mcc001.3gppnetwork.org",
+		Address: "10.45.0.1", Local: "10.0.0.5", State: "registered", Contact: "sip:001010000000001@10.45.0.1:6301",
+		Identities:   []string{"sip:+15550100001@ims.mnc001.mcc001.3gppnetwork.org", "tel:+15550100001"},
+		ServiceRoute: []string{"sip:orig@10.0.1.9:5060;lr"}, NextHop: "10.0.1.9:5060;transport=udp",
+		Expires: ueNow.Add(167 * time.Hour), Current: "0-104", Sets: []admin.Set{
+			{
+				ID: "0-104", Phase: "established", Role: admin.RoleCurrent, Algorithms: "hmac-sha-1-96=des-ede3-cbc",
+				SPIs: admin.SPIs{UC: 4294967295, US: 4294967294, PC: 2147483648, PS: 1000}, Ports: admin.Ports{UC: 31200, US: 31201, PC: 6110, PS: 6100},
+				Deadline: ueNow.Add(167*time.Hour + 30*time.Second), TCP: true, Connections: admin.Connections{In: 5},
+			},
+			{
+				ID: "0-121", Phase: "temporary", Role: admin.RoleWaiting, Algorithms: "null=aes-gcm", Over: "0-104",
+				SPIs: admin.SPIs{UC: 1, US: 2, PC: 3, PS: 4}, Ports: admin.Ports{UC: 31202, US: 31201, PC: 6111, PS: 6100},
+				Deadline: ueNow.Add(4 * time.Minute),
+			},
+		},
+	}
+}
+
+func TestFormatUE(t *testing.T) {
+	want := `UE 0-17-3: registered
+  IMPI           001010000000001@ims.mnc001.mcc001.3gppnetwork.org
+  address        10.45.0.1, it talks to 10.0.0.5
+  owner          worker 0, index 17
+  expires        in 6d23h, 2026-01-08 11:00:00 UTC
+  contact        sip:001010000000001@10.45.0.1:6301
+  identities     sip:+15550100001@ims.mnc001.mcc001.3gppnetwork.org
+                 tel:+15550100001
+  service route  sip:orig@10.0.1.9:5060;lr
+  next hop       10.0.1.9:5060;transport=udp
+
+  SET    PHASE        ROLE       GOES IN      UC          US          PC          PS
+  0-104  established  current    6d23h  SPI   4294967295  4294967294  2147483648  1000
+         hmac-sha-1-96=des-ede3-cbc     port  31200       31201       6110        6100
+         prefers TCP, connection 5 of the phone
+  0-121  temporary    waiting    4m00s  SPI   1           2           3           4
+         null=aes-gcm                   port  31202       31201       6111        6100
+         made over set 0-104
+`
+	if diff := cmp.Diff(want, formatUEs([]admin.UE{ueSample()}, ueNow)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestFormatList(t *testing.T) {
+	v4, v6, odd := ueSample(), ueSample(), ueSample()
+	v6.ID, v6.Address, v6.State, v6.Expires = "1-1048576-65535", "2001:db8:4545:4545:4545:4545:4545:4545", "deregistered", time.Time{}
+	odd.ID, odd.IMPI, odd.Sets = "0-18-0", "\x1b[2Jbad", nil
+	want := `ID               IMPI            ADDRESS                                 STATE         SETS  EXPIRES
+0-17-3           0010100000000…  10.45.0.1                               registered    2     6d23h
+1-1048576-65535  0010100000000…  2001:db8:4545:4545:4545:4545:4545:4545  deregistered  2     -
+0-18-0           ?[2Jbad         10.45.0.1                               registered    0     6d23h
+and more: these are the first 3, see -limit
+`
+	got := formatList([]admin.UE{v4, v6, odd}, true, ueNow)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	want = `ID      IMPI                                               ADDRESS    STATE       SETS  EXPIRES
+0-17-3  001010000000001@ims.mnc001.mcc001.3gppnetwork.org  10.45.0.1  registered  2     6d23h
+`
+	if diff := cmp.Diff(want, formatList([]admin.UE{v4}, false, ueNow)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if got := formatList(nil, false, ueNow); got != "no phones\n" {
+		t.Errorf("empty: %q", got)
+	}
+	for l := range strings.Lines(got) {
+		if n := utf8.RuneCountInString(l) - 1; n > ueWidth {
+			t.Errorf("%d columns: %s", n, l)
+		}
+	}
+}
+
+func TestUntil(t *testing.T) {
+	for d, want := range map[time.Duration]string{
+		-time.Second: "now", 0: "now", 59 * time.Second: "59s", time.Minute: "1m00s", 3599*time.Second + 600*time.Millisecond: "1h00m",
+		23*time.Hour + 59*time.Minute: "23h59m", 24 * time.Hour: "1d00h", 600000 * time.Second: "6d22h",
+	} {
+		if got := until(ueNow.Add(d), ueNow); got != want {
+			t.Errorf("%s: %q, want %q", d, got, want)
+		}
+	}
+}
+
+// gate is an admin.Source with one phone.
+type gate struct{ u proxy.UEInfo }
+
+func (g gate) UEs(_ context.Context, q proxy.UEQuery, _ proxy.UEID, _ int) ([]proxy.UEInfo, bool, error) {
+	if q.IMPI != "" && q.IMPI != g.u.IMPI || q.IMPU != "" && q.IMPU != g.u.Identities[0] || q.Addr.IsValid() && q.Addr != g.u.Addr {
+		return nil, false, nil
+	}
+	return []proxy.UEInfo{g.u}, false, nil
+}
+
+func (g gate) Deregister(ctx context.Context, q proxy.UEQuery) ([]proxy.UEInfo, error) {
+	list, _, err := g.UEs(ctx, q, proxy.UEID{}, 1)
+	return list, err
+}
+
+func (g gate) Loads(context.Context) ([]proxy.Load, error) { return nil, nil }
+
+func TestUECommand(t *testing.T) {
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "edge1.sock")
+	l, err := admin.Listen(t.Context(), socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := proxy.UEInfo{
+		ID: proxy.UEID{Index: 1}, IMPI: "one@ims.example", Addr: netip.MustParseAddr("10.45.0.1"), State: registrar.Registered,
+		Identities: []string{"tel:+1"}, Sets: []proxy.SetInfo{{ID: 5, Phase: sa.Established, Deadline: time.Now().Add(90 * time.Second), Suite: ims.Suites()[0]}},
+	}
+	defer admin.NewServer(admin.Config{Source: gate{u}, Logger: slog.New(slog.DiscardHandler)}).Serve(l)()
+	write := func(name, adm string) string {
+		file := filepath.Join(dir, name)
+		text := "instance: edge1\ngm: {addresses: [10.0.0.5]}\nmw: {addresses: [10.0.1.5], next_hops: [\"10.0.1.9:5060\"]}\nadmin: {socket: \"" + adm + "\"}\n"
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	file, off := write("on.yaml", dir+"/{instance}.sock"), write("off.yaml", "")
+	for _, tt := range []struct {
+		args string
+		code int
+		text string // on stdout for 0, else on stderr
+	}{
+		{"list -c " + file, 0, "0-1-0  one@ims.example  10.45.0.1  registered  1"},
+		{"list --json --socket " + socket, 0, `"impi": "one@ims.example"`},
+		{"list --impi nobody --json -f " + file, 0, "[]\n"},
+		{"list --impi nobody -f " + file, 0, "no phones"},
+		{"show 10.45.0.1 -f " + file, 0, "  0-5  established  waiting"},
+		{"show -f " + file + " tel:+1 --json", 0, `"phase": "established"`},
+		{"show two@ims.example -f " + file, 1, "hint: see gmgate ue list"},
+		{"deregister one@ims.example -f " + file, 0, "ended one@ims.example at 10.45.0.1; its SA sets go in 1m"},
+		{"deregister --contact 10.45.0.1:6300 -f " + file, 0, "ended one@ims.example"},
+		{"deregister nobody -f " + file, 1, "no registration matches"},
+		{"deregister --contact 10.45.0.1 -f " + file, 1, "address:port"},
+		{"list --addr here -f " + file, 1, "not an IP address"},
+		{"list -c " + off, 1, "switched off"},
+		{"list --socket " + dir + "/absent", 1, "is gmgate running"},
+		{"list -c " + dir + "/absent.yaml", 1, "--socket"},
+		{"", 2, "usage:"},
+		{"-h", 0, "usage:"},
+		{"list -h", 0, ""},
+		{"drop", 2, `no command "drop"`},
+		{"list everything", 2, `unexpected argument "everything"`},
+		{"list -limit 0", 2, "-limit 0"},
+		{"list -x", 2, "-x"},
+		{"show", 2, "which one?"},
+		{"show a b", 2, `unexpected argument "b"`},
+		{"deregister", 2, "one of them"},
+		{"deregister a --contact 10.45.0.1:6300", 2, "one of them"},
+	} {
+		var stdout, stderr bytes.Buffer
+		code := command(t.Context(), append([]string{"ue"}, strings.Fields(tt.args)...), &stdout, &stderr)
+		text := stdout.String()
+		if code != 0 {
+			text = stderr.String()
+			if stdout.Len() > 0 {
+				t.Errorf("%s: printed %q and failed", tt.args, stdout.String())
+			}
+		}
+		if code != tt.code || !strings.Contains(text, tt.text) {
+			t.Errorf("%s: %d, %q and %q; want %d, %q", tt.args, code, stdout.String(), stderr.String(), tt.code, tt.text)
+		}
+		if strings.Contains(tt.args, "--json") && !json.Valid(stdout.Bytes()) {
+			t.Errorf("%s: not JSON: %s", tt.args, stdout.String())
+		}
+	}
+}
