@@ -131,7 +131,7 @@ func (c *Client) UEs(ctx context.Context, q Query, limit int) (list []UE, more b
 			params.Set(name, v)
 		}
 	}
-	for {
+	for list = []UE{}; ; { // an empty list is no null in JSON
 		params.Set("limit", strconv.Itoa(min(limit-len(list), maxLimit)))
 		var p Page
 		if err := c.call(ctx, http.MethodGet, "/v1/ues?"+params.Encode(), nil, &p); err != nil {

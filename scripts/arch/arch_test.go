@@ -43,7 +43,7 @@ var allowed = map[string][]string{
 		"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel", "control/registrar",
 		"control/observe", "control/store", "dataplane/sipmsg",
 	},
-	"control/survive":  {"control/ims", "control/sa", "control/store"},
+	"control/survive": {"control/ims", "control/sa", "control/store"},
 	// The operator's side of proxy: nobody but cmd imports it.
 	"control/admin":    {"control/ims", "control/sa", "control/registrar", "control/proxy"},
 	"dataplane":        {"control/ims", "control/sa", "dataplane"},
