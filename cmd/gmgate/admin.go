@@ -21,7 +21,7 @@ func serveAdmin(ctx context.Context, cfg *config.Config, back *backend, fleet *p
 		return nil, err
 	}
 	return admin.NewServer(admin.Config{
-		Source: fleet, SAs: back.Count, Logger: log,
+		Source: fleet, SAs: back.Count, Survey: back.Survey, Logger: log,
 		Status: admin.Status{
 			Version: version, Revision: vcsRevision(), Instance: cfg.Instance, Started: time.Now(),
 			Backend: back.name, Reason: back.reason,

@@ -48,6 +48,7 @@ type ueFlags struct {
 	file, socket string
 	json         bool
 	limit        int
+	sequences    bool
 
 	impi, impu, addr string // list
 	contact          string // list and deregister
@@ -97,7 +98,9 @@ func ueParse(args []string, stdout, stderr io.Writer) (o ueFlags, code int) {
 		fs.StringVar(&o.addr, "addr", "", "only phones at this `address`")
 		fs.IntVar(&o.limit, "limit", 1000, "at most so many")
 	}
-	if o.command != "show" {
+	if o.command == "show" {
+		fs.BoolVar(&o.sequences, "sequences", false, "with the sequence numbers of the SAs; asks for all SAs, which may take long")
+	} else {
 		fs.StringVar(&o.contact, "contact", "", "the phone with this contact, `address:port`")
 	}
 	// Flags may stand behind the name as well.
@@ -153,6 +156,9 @@ func ueRun(ctx context.Context, o *ueFlags, stdout io.Writer) error {
 		list, more, err = c.UEs(ctx, q, o.limit)
 	case "show":
 		list, err = c.Find(ctx, o.name)
+		for i := 0; err == nil && o.sequences && i < len(list); i++ {
+			list[i], err = c.UE(ctx, list[i].ID, true)
+		}
 	case "deregister":
 		if o.contact != "" {
 			list, err = c.Deregister(ctx, admin.Target{Contact: o.contact})
@@ -301,6 +307,9 @@ func setRows(sets []admin.Set, now time.Time) [][]string {
 			// Wide enough for what the lines below say.
 			[]string{s.ID, pad(s.Phase, 11), pad(s.Role, 9), until(s.Deadline, now), "SPI", n(s.SPIs.UC), n(s.SPIs.US), n(s.SPIs.PC), n(s.SPIs.PS)},
 			[]string{"", s.Algorithms, "", "", "port", p(s.Ports.UC), p(s.Ports.US), p(s.Ports.PC), p(s.Ports.PS)})
+		if q := s.Sequences; q != nil {
+			rows = append(rows, []string{"", "", "", "", "seq", n(q.UC), n(q.US), n(q.PC), n(q.PS)})
+		}
 		if h := setHistory(s); h != "" {
 			rows = append(rows, []string{"", h, "", "", "", "", "", "", ""})
 		}

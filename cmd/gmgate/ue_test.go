@@ -39,7 +39,7 @@ func ueSample() admin.UE {
 			{
 				ID: "0-121", Phase: "temporary", Role: admin.RoleWaiting, Algorithms: "null=aes-gcm", Over: "0-104",
 				SPIs: admin.SPIs{UC: 1, US: 2, PC: 3, PS: 4}, Ports: admin.Ports{UC: 31202, US: 31201, PC: 6111, PS: 6100},
-				Deadline: ueNow.Add(4 * time.Minute),
+				Deadline: ueNow.Add(4 * time.Minute), Sequences: &admin.Sequences{UC: 5, US: 4294967295, PC: 7, PS: 8},
 			},
 		},
 	}
@@ -63,6 +63,7 @@ func TestFormatUE(t *testing.T) {
          prefers TCP, connection 5 of the phone
   0-121  temporary    waiting    4m00s  SPI   1           2           3           4
          null=aes-gcm                   port  31202       31201       6111        6100
+                                        seq   5           4294967295  7           8
          made over set 0-104
 `
 	if diff := cmp.Diff(want, formatUEs([]admin.UE{ueSample()}, ueNow)); diff != "" {

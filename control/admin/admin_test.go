@@ -132,6 +132,9 @@ func newBed(t *testing.T, n int) *bed {
 	}
 	s := NewServer(Config{
 		Source: b.src, Status: Status{Version: "1.2", Backend: "userspace", Started: at}, SAs: func() int { return 28 },
+		Survey: func(context.Context) (sa.Survey, error) {
+			return sa.Survey{Sets: map[uint64]sa.Counters{1<<48 | 2: {1, 2, 3, 4}}}, b.src.err
+		},
 		Logger: slog.New(slog.NewTextHandler(b.log, nil)),
 	})
 	t.Cleanup(s.Serve(l))
@@ -189,6 +192,19 @@ func TestUEOnTheWire(t *testing.T) {
 		`"deadline":"2026-01-01T13:00:00Z","used":false,"tcp":false,"connections":{"in":0,"out":0}}]}` + "\n"
 	if status != 200 || got != want {
 		t.Errorf("%d\n got %s\nwant %s", status, got, want)
+	}
+}
+
+// Sequence numbers are named like the SPIs of their SAs, and are there only when they were asked for.
+func TestSequences(t *testing.T) {
+	b := newBed(t, 1)
+	u, err := b.client.UE(t.Context(), "1-1-2", true)
+	if err != nil || u.Sets[0].Sequences != nil || u.Sets[1].Sequences == nil ||
+		*u.Sets[1].Sequences != (Sequences{PS: 1, PC: 2, US: 3, UC: 4}) {
+		t.Errorf("%+v, %v", u, err)
+	}
+	if u, err = b.client.UE(t.Context(), "1-1-2", false); err != nil || u.Sets[1].Sequences != nil {
+		t.Errorf("not asked for: %+v, %v", u, err)
 	}
 }
 
@@ -282,6 +298,8 @@ func TestBadRequests(t *testing.T) {
 		{"GET", "/v1/ues?contact=10.45.0.1", "", 400, "not a contact"},
 		{"GET", "/v1/ues/7", "", 400, "worker-index-generation"},
 		{"GET", "/v1/ues/0-1-2", "", 404, "no UE has the id"},
+		{"GET", "/v1/ues/1-1-2?sequences=yes", "", 400, "true or false"},
+		{"GET", "/v1/ues/1-1-2?sequence=true", "", 400, "the parameter is"},
 		{"POST", "/v1/deregister", "", 400, "not a target"},
 		{"POST", "/v1/deregister", "{}", 400, "exactly one"},
 		{"POST", "/v1/deregister", `{"impi":"a","impu":"b"}`, 400, "exactly one"},

@@ -145,10 +145,14 @@ func (c *Client) UEs(ctx context.Context, q Query, limit int) (list []UE, more b
 	}
 }
 
-// UE returns the UE context with an id.
-func (c *Client) UE(ctx context.Context, id string) (UE, error) {
+// UE returns the UE context with an id, with the sequence numbers of its SAs on demand.
+func (c *Client) UE(ctx context.Context, id string, sequences bool) (UE, error) {
+	path := "/v1/ues/" + url.PathEscape(id)
+	if sequences {
+		path += "?sequences=true"
+	}
 	var u UE
-	err := c.call(ctx, http.MethodGet, "/v1/ues/"+url.PathEscape(id), nil, &u)
+	err := c.call(ctx, http.MethodGet, path, nil, &u)
 	return u, err
 }
 
@@ -158,7 +162,7 @@ const maxFound = 100
 // Find returns the UE contexts that an operator names in whatever way: by id, by address, by private or public identity.
 func (c *Client) Find(ctx context.Context, name string) ([]UE, error) {
 	if _, err := proxy.ParseUEID(name); err == nil {
-		u, err := c.UE(ctx, name)
+		u, err := c.UE(ctx, name, false)
 		return []UE{u}, err
 	}
 	var tries []Query

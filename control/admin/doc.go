@@ -3,7 +3,7 @@
 //
 //	GET  /v1/status                                     version, backend, workers, counts
 //	GET  /v1/ues?impi=&impu=&addr=&contact=&limit=&after=    UE contexts, in pages
-//	GET  /v1/ues/{id}                                   one of them
+//	GET  /v1/ues/{id}?sequences=                        one of them, with its sequence numbers where that is true
 //	POST /v1/deregister {"impi"|"impu"|"contact"|"id"}  end registrations as the network does (TS 24.229 §5.2.5)
 //
 // The types of this package are the contract: within /v1 fields are added, never renamed or removed, so clients ignore

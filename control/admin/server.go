@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/gmgate/gmgate/control/proxy"
+	"github.com/gmgate/gmgate/control/sa"
 )
 
 // Limits of requests.
@@ -47,6 +48,8 @@ type Config struct {
 	Source Source
 	Status Status     // what does not change: version, revision, instance, start, backend
 	SAs    func() int // installed in the backend
+	// Survey reads what the backend holds; it may take long where there are many SAs, so it is asked only on demand.
+	Survey func(context.Context) (sa.Survey, error)
 	Logger *slog.Logger
 }
 
@@ -244,6 +247,15 @@ func (s *Server) ue(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	sequences := false
+	for name, values := range r.URL.Query() {
+		if name != "sequences" || len(values) > 1 {
+			return nil, badRequest("the parameter is sequences, once", "parameter %q", name)
+		}
+		if sequences, err = strconv.ParseBool(values[0]); err != nil {
+			return nil, badRequest("true or false", "sequences %q", values[0])
+		}
+	}
 	list, _, err := s.cfg.Source.UEs(r.Context(), proxy.UEQuery{ID: id}, proxy.UEID{}, 1)
 	switch {
 	case err != nil:
@@ -251,7 +263,15 @@ func (s *Server) ue(r *request) (any, error) {
 	case len(list) == 0:
 		return nil, &failure{http.StatusNotFound, Problem{Text: "no UE has the id " + id.String(), Hint: "it may have left: see /v1/ues"}}
 	}
-	return ueOf(&list[0]), nil
+	u := ueOf(&list[0])
+	if sequences {
+		held, err := s.cfg.Survey(r.Context())
+		if err != nil {
+			return nil, err
+		}
+		u.addSequences(&list[0], held.Sets)
+	}
+	return u, nil
 }
 
 func (s *Server) deregister(r *request) (any, error) {

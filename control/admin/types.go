@@ -74,6 +74,7 @@ type Set struct {
 	Used        bool        `json:"used"`              // by the UE, since it was confirmed
 	TCP         bool        `json:"tcp"`               // the UE prefers TCP
 	Connections Connections `json:"connections"`
+	Sequences   *Sequences  `json:"sequences,omitempty"` // where they were asked for and the backend holds the set
 }
 
 // SPIs are the SPIs of a set, each named by the port at which its SA ends (TS 33.203 §7.1).
@@ -90,6 +91,15 @@ type Ports struct {
 	US uint16 `json:"us"`
 	PC uint16 `json:"pc"`
 	PS uint16 `json:"ps"`
+}
+
+// Sequences are the sequence numbers of a set (RFC 4303 §2.2), each named like the SPI of its SA: the highest one received
+// of those to pc and ps, the last one sent of those to uc and us.
+type Sequences struct {
+	UC uint32 `json:"uc"`
+	US uint32 `json:"us"`
+	PC uint32 `json:"pc"`
+	PS uint32 `json:"ps"`
 }
 
 // Connections are the TCP connections of a set by their number in the worker; zero: none.
@@ -148,6 +158,15 @@ func setOf(s *proxy.SetInfo, u *proxy.UEInfo) Set {
 		SPIs:  SPIs{UC: uint32(s.SPIs.UC), US: uint32(s.SPIs.US), PC: uint32(s.SPIs.PC), PS: uint32(s.SPIs.PS)},
 		Ports: Ports(s.Ports), Over: setID(s.Over), Used: s.Used, TCP: s.TCP,
 		Connections: Connections{In: uint32(s.ConnIn), Out: uint32(s.ConnOut)},
+	}
+}
+
+// addSequences notes the sequence numbers of those sets that the backend holds.
+func (u *UE) addSequences(info *proxy.UEInfo, held map[uint64]sa.Counters) {
+	for i := range info.Sets {
+		if c, ok := held[info.Sets[i].ID]; ok { // in the order of sa.Params.SAs: ps, pc, us, uc
+			u.Sets[i].Sequences = &Sequences{PS: c[0], PC: c[1], US: c[2], UC: c[3]}
+		}
 	}
 }
 
