@@ -9,7 +9,9 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,6 +20,7 @@ import (
 	"github.com/gmgate/gmgate/bench/core"
 	"github.com/gmgate/gmgate/bench/lab"
 	"github.com/gmgate/gmgate/bench/ue"
+	"github.com/gmgate/gmgate/control/admin"
 	"github.com/gmgate/gmgate/control/ims"
 )
 
@@ -32,11 +35,16 @@ const (
 	demoLargeBody  = 4000 // octets; more than any datagram should carry (RFC 3261 §18.1.1)
 	demoMaxPhones  = 1000
 	demoConcurrent = 64 // phones registering at the same time
+
+	// Stories.
+	demoTour      = "tour"
+	demoLifecycle = "lifecycle"
 )
 
 // demoFlags are the command line of `gmgate demo`.
 type demoFlags struct {
 	backend, ueESP, ip, transport, alg, capture string
+	story                                       string
 	ues, workers                                int
 	keepLog, noColour                           bool
 
@@ -67,11 +75,19 @@ func demoParse(args []string, stderr io.Writer) (demoFlags, int) {
 	var o demoFlags
 	fs := flag.NewFlagSet("gmgate demo", flag.ContinueOnError)
 	fs.SetOutput(stderr)
+	fs.StringVar(&o.story, "story", demoTour, "what is shown: tour (many phones, everything they do), or lifecycle (the SA sets in the life of one phone)")
 	fs.StringVar(&o.backend, "backend", "auto", "ESP of gmgate: auto, userspace or xfrm")
 	fs.StringVar(&o.ueESP, "ue-esp", "userspace", "ESP of the phones: userspace or xfrm")
 	fs.IntVar(&o.ues, "ues", 4, "number of phones, 2 to 1000")
 	fs.StringVar(&o.transport, "transport", "udp", "transport that the phones prefer: udp or tcp")
 	fs.StringVar(&o.ip, "ip", "4", "IP version: 4 or 6")
+	fs.BoolFunc("ipv6", "the same as -ip 6", func(v string) error {
+		six, err := strconv.ParseBool(v)
+		if o.ip = "4"; six {
+			o.ip = "6"
+		}
+		return err
+	})
 	fs.StringVar(&o.alg, "alg", "", "the one `pair` that the phones offer, for example hmac-sha-1-96=aes-cbc (default: several, gmgate's list decides)")
 	fs.StringVar(&o.capture, "capture", "", "write a pcap `file` of the Gm link, and FILE.esp_sa to decrypt it in Wireshark")
 	fs.IntVar(&o.workers, "workers", 2, "workers of gmgate")
@@ -92,12 +108,21 @@ func demoParse(args []string, stderr io.Writer) (demoFlags, int) {
 	if fs.NArg() > 0 {
 		problems = append(problems, fmt.Sprintf("unexpected argument %q", fs.Arg(0)))
 	}
+	oneOf("story", o.story, demoTour, demoLifecycle)
 	oneOf("backend", o.backend, "auto", "userspace", "xfrm")
 	oneOf("ue-esp", o.ueESP, ue.Userspace, ue.XFRM)
 	oneOf("transport", o.transport, "udp", "tcp")
 	oneOf("ip", o.ip, "4", "6")
 	if o.ues < 2 || o.ues > demoMaxPhones {
 		problems = append(problems, fmt.Sprintf("-ues %d: want 2 to %d, phones call each other", o.ues, demoMaxPhones))
+	}
+	if o.story == demoLifecycle {
+		fs.Visit(func(f *flag.Flag) {
+			if f.Name == "ues" {
+				problems = append(problems, "-ues is for the tour: the story of a life has one phone, and one that it calls")
+			}
+		})
+		o.ues = 2
 	}
 	if o.workers < 1 || o.workers > 64 {
 		problems = append(problems, fmt.Sprintf("-workers %d: want 1 to 64", o.workers))
@@ -146,6 +171,8 @@ type demo struct {
 	daemon  *lab.Daemon
 	farm    *ue.Farm
 	phones  []*phone
+	admin   *admin.Client
+	config  string // of the daemon
 	backend string // in use
 	cleanup []func() error
 	sas     []lab.SA // of every set that was ever made, for the capture
@@ -157,9 +184,13 @@ var errStopped = errors.New("stopped")
 // run tells the story. Each chapter needs what the one before built; a failed step inside a chapter does not end it.
 func (d *demo) run(ctx context.Context) {
 	d.title()
-	for _, chapter := range []func(context.Context) error{
+	chapters := []func(context.Context) error{
 		d.build, d.registerFirst, d.registerOthers, d.messages, d.calls, d.events, d.reregister, d.deregister, d.verify,
-	} {
+	}
+	if d.o.story == demoLifecycle {
+		chapters = d.lifecycle()
+	}
+	for _, chapter := range chapters {
 		if ctx.Err() != nil || chapter(ctx) != nil {
 			return
 		}
@@ -262,14 +293,24 @@ func suiteNames(list []ims.Suite) string {
 	return strings.Join(names, ", ")
 }
 
+// startDaemon starts gmgate, or starts it again with the configuration that it had.
 func (d *demo) startDaemon(ctx context.Context) (string, error) {
 	binary, err := os.Executable()
 	if err != nil {
 		return "", err
 	}
-	d.daemon, err = d.lab.StartDaemon(ctx, binary, d.lab.DaemonConfig(lab.DaemonOptions{
-		Backend: d.o.backend, Workers: d.o.workers, OldSet: demoOldSet, RegAwaitAuth: demoAwaitAuth, HealthInterval: -1, LogLevel: "debug",
-	}), nil)
+	if d.config == "" {
+		o := lab.DaemonOptions{
+			Backend: d.o.backend, Workers: d.o.workers, OldSet: demoOldSet, RegAwaitAuth: demoAwaitAuth, HealthInterval: -1, LogLevel: "debug",
+		}
+		if d.o.story == demoLifecycle {
+			o.StorePath, o.Reconcile = filepath.Join(filepath.Dir(d.lab.AdminSocket()), "gmgate.db"), demoReconcile
+		}
+		d.config = d.lab.DaemonConfig(o)
+		d.admin = admin.NewClient(d.lab.AdminSocket())
+		d.onClose(func() error { d.admin.Close(); return nil })
+	}
+	d.daemon, err = d.lab.StartDaemon(ctx, binary, d.config, nil)
 	if err != nil {
 		return "", err
 	}

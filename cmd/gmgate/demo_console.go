@@ -23,6 +23,7 @@ type console struct {
 	steps   int
 	failed  []string // names of the steps that failed, with the reason
 	pending bool     // the cursor stands behind the name of a running step
+	blank   bool     // the last line was empty
 }
 
 // Colours, as SGR parameters.
@@ -65,11 +66,14 @@ func (c *console) line(format string, args ...any) {
 		c.pending = false
 	}
 	_, _ = fmt.Fprintf(c.w, strings.TrimRight(format, "\n")+"\n", args...)
+	c.blank = format == ""
 }
 
 // section starts a chapter.
 func (c *console) section(title string) {
-	c.line("")
+	if !c.blank {
+		c.line("")
+	}
 	rule := strings.Repeat("─", max(0, demoWidth-utf8.RuneCountInString(title)-4))
 	c.line("%s %s %s", c.paint(sgrDim, "──"), c.paint(sgrBold, title), c.paint(sgrDim, rule))
 }
