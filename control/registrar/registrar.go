@@ -152,6 +152,17 @@ func (u *UE) Unbind(impu string) (left bool) {
 	return len(u.Bindings) > 0
 }
 
+// Withdraw takes one identity out of the implicit sets of a UE that stays registered with others of the same set.
+func (u *UE) Withdraw(identity string) {
+	for i := range u.Bindings {
+		b := &u.Bindings[i]
+		if len(b.Associated) > 1 { // without any the set would be taken for that of IMPU alone
+			b.Associated = slices.DeleteFunc(slices.Clone(b.Associated), func(id string) bool { return id == identity })
+		}
+	}
+	u.gatherIdentities()
+}
+
 func (u *UE) gatherIdentities() {
 	u.Identities = nil
 	for _, b := range u.Bindings {
@@ -649,6 +660,24 @@ func (t *Table) Refresh(s *Set, life time.Duration) {
 			t.armOld(s)
 		} else {
 			t.arm(s, min(life, t.cfg.OldSet))
+		}
+	}
+}
+
+// Shorten lets the sets of a UE live no longer than this from now: the registrar has shortened the registration
+// (TS 24.229 §5.2.3). It never prolongs, and leaves sets alone that wait for their authentication or were told to go.
+func (t *Table) Shorten(u *UE, life time.Duration) {
+	life = max(life, 0)
+	for _, s := range slices.Clone(u.Sets) {
+		if s.Phase != sa.Established && s.Phase != sa.Old || s.removing || s.Deadline.Sub(t.now()) <= life {
+			continue
+		}
+		t.arm(s, life)
+		s.Hard = life + hardMargin
+		// A backend that refuses keeps the longer limit: no harm, since we end the set ourselves.
+		t.installer.Extend(s.Params, s.Hard, func(error) {})
+		if s.Phase == sa.Old && u.Current == s {
+			t.armOld(s)
 		}
 	}
 }

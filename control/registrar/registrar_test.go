@@ -497,3 +497,77 @@ func TestDiagrams(t *testing.T) {
 		t.Errorf("%s is not what the tables say (%v): run with -update", file, err)
 	}
 }
+
+// R5.53: a registration that the registrar has shortened takes its sets with it, and never lives longer for it.
+func TestShorten(t *testing.T) {
+	b := newBench(t)
+	first := b.begin(offer(1))
+	b.table.Confirm(first, time.Hour)
+	u := first.UE
+	b.table.Shorten(u, 2*time.Hour)
+	if got := first.Deadline.Sub(b.now); got != time.Hour {
+		t.Errorf("prolonged to %v", got)
+	}
+	second := offer(2)
+	second.Over = first
+	s := b.begin(second)
+	await := s.Deadline
+	b.table.Shorten(u, 10*time.Second)
+	if got := first.Deadline.Sub(b.now); got != 10*time.Second || first.Hard != 10*time.Second+hardMargin {
+		t.Errorf("set lives for %v, in the backend for %v", got, first.Hard)
+	}
+	if s.Deadline != await {
+		t.Error("a set that waits for its authentication was shortened")
+	}
+	b.advance(11 * time.Second)
+	if first.Phase != sa.Dead {
+		t.Errorf("shortened set is %v after its time", first.Phase)
+	}
+}
+
+// An old set that is still in use hands over in time when both are shortened.
+func TestShortenOld(t *testing.T) {
+	b := newBench(t)
+	first := b.begin(offer(1))
+	b.table.Confirm(first, time.Hour)
+	second := offer(2)
+	second.Over = first
+	s := b.begin(second)
+	b.table.Confirm(s, time.Hour)
+	u := s.UE
+	if u.Current != first {
+		t.Fatal("the new set is in use already")
+	}
+	b.table.Shorten(u, old+10*time.Second)
+	b.advance(5 * time.Second)
+	if u.Current != first {
+		t.Error("handed over too early")
+	}
+	b.advance(6 * time.Second)
+	if u.Current != s {
+		t.Error("not handed over when 64*T1 were left")
+	}
+	b.table.Deregister(u, time.Minute)
+	b.table.Shorten(u, time.Second)
+	if got := s.Deadline.Sub(b.now); got != time.Minute {
+		t.Errorf("a set that was told to go in a minute goes in %v", got)
+	}
+	b.advance(old)
+	b.empty()
+}
+
+func TestWithdraw(t *testing.T) {
+	u := &UE{}
+	u.Bind(Binding{IMPU: "sip:temp", Associated: []string{"sip:a", "sip:b", "tel:a"}})
+	u.Bind(Binding{IMPU: "sip:c"})
+	u.Withdraw("sip:a")
+	if got := fmt.Sprint(u.Identities); got != "[sip:b tel:a sip:c]" {
+		t.Errorf("left: %s", got)
+	}
+	u.Withdraw("sip:c")
+	u.Withdraw("sip:b")
+	u.Withdraw("tel:a")
+	if got := fmt.Sprint(u.Identities); got != "[tel:a sip:c]" {
+		t.Errorf("the last identity of a set went: %s", got)
+	}
+}
