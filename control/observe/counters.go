@@ -152,6 +152,7 @@ type Counters struct {
 	awaitAuth     count
 	sets          [phaseEnd]level
 	ues           [ueEnd]level
+	reg           regEvents
 
 	_ [cacheLines]byte
 }

@@ -199,6 +199,7 @@ var (
 func (w *workerCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		messagesDesc, rejectedDesc, droppedDesc, registrationsDesc, suitesDesc, verifyDesc, awaitAuthDesc, setsDesc, uesDesc,
+		subscriptionsDesc, subscribesDesc, notifiesDesc, networkDesc, lossesDesc,
 	} {
 		ch <- d
 	}
@@ -252,6 +253,7 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 			gauge(uesDesc, n, name(s))
 		}
 	}
+	w.collectRegEvents(counter, gauge)
 }
 
 func (w *workerCollector) collectMessages(counter func(*prometheus.Desc, uint64, ...string)) {

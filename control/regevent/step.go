@@ -53,6 +53,12 @@ func (t *step) leave() State {
 	return Terminated
 }
 
+// late refuses a NOTIFY that has crossed the end: the notifier then forgets the subscription (RFC 6665 §4.1.3).
+func (t *step) late() State {
+	t.act(Action{Kind: Answer, Status: 481})
+	return Terminated
+}
+
 func (t *step) lastNotify() State {
 	t.act(Action{Kind: Answer, Status: 200})
 	return Terminated
@@ -60,7 +66,7 @@ func (t *step) lastNotify() State {
 
 // ask returns the expiry to ask for: more than the registration's (TS 24.229 §5.2.3), and as much as the notifier wants.
 func (t *step) ask() uint32 {
-	t.s.asked = max(t.s.life+t.c.Margin, t.s.floor).Truncate(time.Second)
+	t.s.asked = max(t.s.life+t.c.Margin, t.c.Expires, t.s.floor).Truncate(time.Second)
 	return uint32(min(t.s.asked/time.Second, 1<<32-1))
 }
 

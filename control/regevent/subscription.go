@@ -194,6 +194,8 @@ func name(names []string, v uint8, kind string) string {
 type Config struct {
 	// Margin is how much longer than the registration a subscription is asked for (TS 24.229 §5.2.3).
 	Margin time.Duration
+	// Expires is the least expiry that is asked for, so that a subscription outlives many short registrations.
+	Expires time.Duration
 	// NotifyWait is how long the first NOTIFY may take: 64*T1 (RFC 6665 §4.1.2, Timer N).
 	NotifyWait time.Duration
 	// Backoff is the delay after the first failure. It doubles with every further one, up to BackoffMax.
