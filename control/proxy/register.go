@@ -513,6 +513,7 @@ func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why
 	if tx.over != nil && tx.over.Phase == sa.Temporary {
 		w.table.Drop(tx.over, answerGrace)
 	}
+	w.verifyAfter(tx)
 }
 
 // finishRegister keeps the final answer for retransmissions and sends it.
@@ -720,6 +721,7 @@ func (w *Worker) registered(tx *regTx) {
 	late := !s.UE.Ended.IsZero() && !tx.began.After(s.UE.Ended) // the UE has been de-registered since it asked
 	if (query || late) && s.Phase != sa.Temporary {
 		w.finishRegister(tx, answer, 200)
+		w.verifyAfter(tx)
 		return
 	}
 	if expires <= 0 {
@@ -731,9 +733,11 @@ func (w *Worker) registered(tx *regTx) {
 			return
 		}
 		w.table.Deregister(s.UE, w.cfg.Registrar.OldSet)
+		w.unwatch(s.UE, false)
 		return
 	}
-	if s.Phase == sa.Temporary && s.Over == nil { // the phone has started over
+	initial := s.Phase == sa.Temporary && s.Over == nil
+	if initial { // the phone has started over
 		s.UE.Bindings = nil
 		if !tx.outbound {
 			w.moved(s.UE)
@@ -750,6 +754,7 @@ func (w *Worker) registered(tx *regTx) {
 	w.obs.Registration(kind, true)
 	w.metrics.ObserveRegistration(w.eg.Now().Sub(tx.began))
 	w.finishRegister(tx, answer, 200)
+	w.watch(s.UE, expires, initial)
 }
 
 // registrationRefused passes any other final answer on; the set of a failed authentication goes, older ones stay
@@ -764,6 +769,7 @@ func (w *Worker) registrationRefused(tx *regTx) {
 	if tx.over != nil && tx.over.Phase == sa.Temporary {
 		w.table.Drop(tx.over, answerGrace)
 	}
+	w.verifyAfter(tx)
 }
 
 // kind says what a REGISTER is for.

@@ -45,6 +45,7 @@ type Config struct {
 	PathHost        string                // host in Path and Record-Route; empty: the Mw address
 	VisitedNetwork  string
 	OrigIOI         string
+	RegEvent        RegEvent
 	ClearIntegrity  string // integrity-protected of a REGISTER in clear; empty: parameter absent
 	QuoteIntegrity  bool
 	RegisterTimeout time.Duration
@@ -120,6 +121,7 @@ type Worker struct {
 	nextTag           uint64
 	names             resolver
 	health            []*nextHop
+	subs              subscriptions
 	retry             retryMode // set while a message is handled again after a failed attempt
 }
 
@@ -160,6 +162,7 @@ func (w *Worker) Boot(eg Egress) {
 	w.eg = eg
 	w.wheel = wheel.New(wheelTick, eg.Now())
 	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Post, setObserver{w})
+	w.startSubscriptions()
 	if w.cfg.Store != nil {
 		w.table.Keep(journal{w})
 	}
@@ -355,6 +358,7 @@ func (o setObserver) AwaitAuthExpired() { o.w.obs.AwaitAuthExpired() }
 
 func (o setObserver) Gone(u *registrar.UE) {
 	o.w.log.Debug("UE context ended", "impi", u.IMPI, "ue", u.Addr, "state", u.State.String())
+	o.w.contextGone(u)
 }
 
 func (o setObserver) SetRemoved(s *registrar.Set) {

@@ -41,7 +41,7 @@ var allowed = map[string][]string{
 	"control/registrar": {"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel"},
 	"control/proxy": {
 		"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel", "control/registrar",
-		"control/observe", "control/store", "dataplane/sipmsg",
+		"control/observe", "control/regevent", "control/reginfo", "control/store", "dataplane/sipmsg",
 	},
 	"control/survive": {"control/ims", "control/sa", "control/store"},
 	// The operator's side of proxy: nobody but cmd imports it.
