@@ -146,7 +146,7 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 			t.Errorf("%s is neither a section nor a value", path)
 		}
 	})
-	if n != 52 {
+	if n != 55 {
 		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
 	}
 	// Every key differs from its default in everything.yaml, so that none is read into another's place.
@@ -198,6 +198,7 @@ func TestFields(t *testing.T) {
 			},
 			VisitedNetwork: "visited.example", PathHost: "pcscf.example", IntegrityProtectedClear: IntegrityAbsent,
 			OrigIOI: "home.example", RegisterTimeout: 8 * time.Second,
+			RegEvent: RegEvent{Expires: 2 * time.Hour, URI: "sip:gm1@pcscf.example:5080"},
 		},
 		Limits:  Limits{PendingRegistrations: 5000, PendingPerSource: 8},
 		Timers:  Timers{RegAwaitAuth: 3 * time.Minute, LifetimeMargin: 10 * time.Second, OldSet: 64 * time.Second},
@@ -422,6 +423,21 @@ func TestSocketPath(t *testing.T) {
 			t.Errorf("%s: %v", text, err)
 		} else if got := c.SocketPath(); got != want {
 			t.Errorf("%s: %q, want %q", text, got, want)
+		}
+	}
+}
+
+func TestSIPURI(t *testing.T) {
+	for uri, want := range map[string]bool{
+		"sip:pcscf.example": true, "sip:pcscf.example:5060": true, "sip:gm+1@10.0.1.5": true, "sip:10.0.1.5:5062": true,
+		"sip:[2001:db8::5]": true, "sip:[2001:db8::5]:5060": true,
+		"pcscf.example": false, "sips:pcscf.example": false, "sip:": false, "sip:@pcscf.example": false,
+		"sip:a b@pcscf.example": false, "sip:pcscf.example;lr": false, "sip:pcscf.example>": false,
+		"sip:pcscf.example:0": false, "sip:pcscf.example:70000": false, "sip:2001:db8::5": false, "sip:[10.0.1.5]": false,
+		"sip:0.0.0.0": false, "sip:a@b@c.example": false, "sip:pcscf.example\r\nX: y": false,
+	} {
+		if got := validSIPURI(uri); got != want {
+			t.Errorf("%q: %t", uri, got)
 		}
 	}
 }
