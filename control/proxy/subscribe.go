@@ -47,9 +47,11 @@ type subscription struct {
 	other  wheel.Timer    // refresh, retry or notify
 	armed  regevent.Timer // which of them
 
-	// What the core says of the UE may be older than the UE's newest registration, see trusted.
-	registered time.Duration        // when the newest 200 came, on the worker's clock
-	known      time.Duration        // the notifier has got a SUBSCRIBE that was made at this time
+	// What the core says of the UE may be older than the UE's newest registration, see trusted. Turns order what has
+	// happened in one tick of the clock.
+	registered uint64               // the turn of the newest 200
+	since      time.Duration        // its time, on the worker's clock
+	known      uint64               // the turn of the newest SUBSCRIBE that the notifier has certainly got
 	doubt      observe.NetworkEvent // zero, or what the core said and was not believed
 	asked      bool                 // a new dialog was made because of the doubt, once for each registration
 	ended      bool                 // the registration is over
@@ -62,8 +64,8 @@ var refusedSubscription = new(subscription)
 // subscribeTx is a SUBSCRIBE on its way: a non-INVITE client transaction (RFC 3261 §17.1.2).
 type subscribeTx struct {
 	digits   uint64
-	sent     time.Duration // when it was made, on the worker's clock
-	until    time.Duration // timer F
+	turn     uint64
+	until    time.Duration // timer F, on the worker's clock
 	inDialog bool
 	expires  uint32
 	msg      []byte // nil until the hop is known
@@ -79,7 +81,7 @@ type subscriptions struct {
 	uri     string    // ours
 	epoch   time.Time // of the worker's clock
 	holdoff time.Time // nothing is subscribed for until then
-	turn    uint64    // makes Call-IDs and branches unique
+	turn    uint64    // counts SUBSCRIBEs and registrations; makes Call-IDs and branches unique
 	actions []regevent.Action
 }
 
@@ -136,7 +138,8 @@ func (w *Worker) watch(u *registrar.UE, expires time.Duration, initial bool) {
 		}
 		w.subs.byUE[u.Index] = s
 	}
-	s.registered, s.asked = w.clock(), false
+	w.subs.turn++
+	s.registered, s.since, s.asked = w.subs.turn, w.clock(), false
 	w.subscriptionEvent(s, ims.Flow{}, regevent.Event{Kind: regevent.Registered, Expires: seconds32(expires)})
 	w.verify(s)
 }
@@ -254,10 +257,9 @@ func (w *Worker) subscriptionLost(s *subscription, l regevent.Loss, status int) 
 func (w *Worker) subscribe(s *subscription, inDialog bool, expires uint32) {
 	w.endSubscribe(s)
 	w.subs.turn++
-	now := w.clock()
 	tx := &subscribeTx{
-		digits: w.seal.mac(&w.sc, []byte("subscribe"), w.hex64(w.subs.turn)),
-		sent:   now, until: now + timerF, inDialog: inDialog, expires: expires, resend: coreT1,
+		digits: w.seal.mac(&w.sc, []byte("subscribe"), w.hex64(w.subs.turn)), turn: w.subs.turn,
+		until: w.clock() + timerF, inDialog: inDialog, expires: expires, resend: coreT1,
 	}
 	s.tx = tx
 	if !inDialog {
@@ -290,7 +292,7 @@ func (w *Worker) newDialog(s *subscription) error {
 	if err != nil {
 		return err
 	}
-	s.dialog, s.known = d, w.clock() // whoever sends a NOTIFY in this dialog has got the SUBSCRIBE
+	s.dialog, s.known = d, w.subs.turn // whoever sends a NOTIFY in this dialog has got the SUBSCRIBE
 	s.view.Restart()
 	return nil
 }
@@ -416,7 +418,7 @@ func (w *Worker) subscribeAnswer(t token, digits []byte) {
 			w.subscribeEnded(s, tx, regevent.Event{Kind: regevent.TimedOut})
 			return
 		}
-		s.known = max(s.known, tx.sent)
+		s.known = max(s.known, tx.turn)
 	}
 	w.subscribeEnded(s, tx, e)
 }
@@ -473,7 +475,7 @@ func (w *Worker) registering(u *registrar.UE) bool {
 // that is told to register again is often faster than the NOTIFY which says so to us; to believe that one would cut off
 // the phone. While a REGISTER is under way nobody knows which of the two the registrar has handled first.
 func (w *Worker) trusted(s *subscription) bool {
-	return !w.registering(s.ue) && (s.known >= s.registered || w.clock()-s.registered > timerF)
+	return !w.registering(s.ue) && (s.known > s.registered || w.clock()-s.since > timerF)
 }
 
 // verify has the notifier say again what was not believed.

@@ -208,7 +208,7 @@ func TestEveryCell(t *testing.T) {
 		for range 30 {
 			samples[trait{
 				s.state, s.failures, s.loss, s.emergency, s.timed, !s.deadline.IsZero(),
-				!s.gap.IsZero() && now.Sub(s.gap) < c.GapInterval/2 && s.refresh.Sub(now) > c.GapInterval,
+				!s.gap.IsZero() && now.Sub(s.gap.time()) < c.GapInterval/2 && s.refresh.Sub(now) > c.GapInterval,
 			}] = sample{s, now}
 			var possible []EventKind
 			for k := EventKind(1); k < eventEnd; k++ {

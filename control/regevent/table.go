@@ -114,7 +114,7 @@ func Next(c *Config, s Subscription, e Event, now time.Time, actions []Action) (
 		}
 	}
 	if t.s.state == Waiting || t.s.state == Terminated {
-		t.s.deadline = time.Time{}
+		t.s.deadline = 0
 	}
 	return t.s, t.out
 }
