@@ -10,9 +10,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/observe/observetest"
 	"github.com/gmgate/gmgate/control/regevent"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
@@ -169,30 +168,7 @@ func (r *rig) wantState(p *phone, want registrar.State) {
 // metric reads one sample.
 func (r *rig) metric(name string, labels string) float64 {
 	r.t.Helper()
-	reg := prometheus.NewRegistry()
-	if err := r.metrics.Register(reg); err != nil {
-		r.t.Fatal(err)
-	}
-	families, err := reg.Gather()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	for _, f := range families {
-		if f.GetName() != "gmgate_"+name {
-			continue
-		}
-		for _, m := range f.GetMetric() {
-			var l []string
-			for _, p := range m.GetLabel() {
-				l = append(l, p.GetName()+"="+p.GetValue())
-			}
-			if strings.Join(l, ",") == labels {
-				return m.GetCounter().GetValue() + m.GetGauge().GetValue()
-			}
-		}
-	}
-	r.t.Fatalf("no metric %s{%s}", name, labels)
-	return 0
+	return observetest.Value(r.t, r.metrics, name, labels)
 }
 
 // R5.50: what the P-CSCF asks for after an initial registration.

@@ -35,7 +35,7 @@ var allowed = map[string][]string{
 	"control/config":    {"control/ims"},
 	"control/sa":        {"control/ims", "control/secagree", "control/aka", "control/sa"},
 	"control/store":     {"control/ims", "control/sa", "control/store"},
-	"control/observe":   {"control/ims", "dataplane/sipmsg"},
+	"control/observe":   {"control/ims", "control/observe", "dataplane/sipmsg"},
 	"control/reginfo":   {},
 	"control/regevent":  {"control/ims", "control/reginfo", "dataplane/sipmsg"},
 	"control/registrar": {"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel"},
