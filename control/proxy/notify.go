@@ -22,29 +22,28 @@ func (w *Worker) notifyForUs(f ims.Flow) bool {
 	if err != nil || len(uri.User) != tokenLen || !w.ownMw(&uri) {
 		return false
 	}
-	refuse := func(code int, phrase string, why observe.Reason) bool {
+	refuse := func(why observe.Reason) bool { // the notifier then forgets the subscription, RFC 6665 §4.2.2
 		w.obs.Notify(observe.NotifyRefused)
-		w.refuse(f, nil, code, phrase, "", why)
+		w.refuse(f, nil, 481, "Call/Transaction Does Not Exist", "", why)
 		return true
 	}
-	const gone = "Call/Transaction Does Not Exist"
 	t, ok := w.seal.open(&w.sc, uri.User)
 	if !ok || t.kind != tokenNotify {
-		return refuse(481, gone, observe.ReasonForgedToken)
+		return refuse(observe.ReasonForgedToken)
 	}
 	if int(t.worker) != w.id {
 		if int(t.worker) >= w.cfg.Workers || f.Conn != 0 || w.eg.Hand(int(t.worker), f, m.Bytes()) != nil {
-			return refuse(481, gone, observe.ReasonStaleToken)
+			return refuse(observe.ReasonStaleToken)
 		}
 		return true
 	}
 	u := w.table.Lookup(t.ue, t.gen)
 	if u == nil {
-		return refuse(481, gone, observe.ReasonStaleToken)
+		return refuse(observe.ReasonStaleToken)
 	}
 	s := w.subscriptionOf(u)
 	if s == nil || s.dialog == nil {
-		return refuse(481, gone, observe.ReasonStaleToken)
+		return refuse(observe.ReasonStaleToken)
 	}
 	w.notified(f, s)
 	return true

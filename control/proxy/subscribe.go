@@ -213,10 +213,9 @@ func (w *Worker) subscriptionEvent(s *subscription, f ims.Flow, e regevent.Event
 		case regevent.Arm:
 			w.armSubscription(s, a.Timer, a.After)
 		case regevent.Stop:
-			switch a.Timer {
-			case regevent.TimerExpiry:
+			if a.Timer == regevent.TimerExpiry {
 				w.wheel.Stop(&s.expiry)
-			case s.armed:
+			} else if a.Timer == s.armed { // another one may have taken its place by now
 				w.wheel.Stop(&s.other)
 			}
 		case regevent.Apply:
