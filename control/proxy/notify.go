@@ -314,6 +314,7 @@ func (w *Worker) drop(s *subscription, gone []lost) {
 		}
 	}
 	w.assertIdentities(u)
+	w.table.Changed(u)
 }
 
 // endedByCore ends the registration of a UE. Its sets stay for 64*T1 so that the UE still gets its own NOTIFY over them and

@@ -31,6 +31,8 @@ const (
 	// refusedHold is how long nothing is subscribed for after the core has said that it does not know the method or the
 	// event package: that is no matter of one UE.
 	refusedHold = 10 * time.Minute
+	// resubscribePace is the mean time between two SUBSCRIBE of a worker after a restart.
+	resubscribePace = 5 * time.Millisecond
 )
 
 // subscription is our subscription to the registration state of one UE (TS 24.229 §5.2.3). It exists for as long as the
@@ -132,16 +134,39 @@ func (w *Worker) watch(u *registrar.UE, expires time.Duration, initial bool) {
 		if w.eg.Now().Before(w.subs.holdoff) {
 			return
 		}
-		s = &subscription{ue: u, m: regevent.New(false)}
-		for int(u.Index) >= len(w.subs.byUE) {
-			w.subs.byUE = append(w.subs.byUE, nil)
-		}
-		w.subs.byUE[u.Index] = s
+		s = w.newSubscription(u)
 	}
 	w.subs.turn++
 	s.registered, s.since, s.asked = w.subs.turn, w.clock(), false
 	w.subscriptionEvent(s, ims.Flow{}, regevent.Event{Kind: regevent.Registered, Expires: seconds32(expires)})
 	w.verify(s)
+}
+
+func (w *Worker) newSubscription(u *registrar.UE) *subscription {
+	s := &subscription{ue: u, m: regevent.New(false)}
+	for int(u.Index) >= len(w.subs.byUE) {
+		w.subs.byUE = append(w.subs.byUE, nil)
+	}
+	w.subs.byUE[u.Index] = s
+	return s
+}
+
+// resubscribe makes new subscriptions for the registrations that have survived a restart: the dialogs have not. They are
+// spread over some time, for the sake of the core. Until then a NOTIFY gets 481, and the full state comes afterwards.
+func (w *Worker) resubscribe() {
+	if !w.cfg.RegEvent.Enabled {
+		return
+	}
+	spread := max(w.subs.cfg.Spread, time.Duration(w.table.UEs())*resubscribePace)
+	w.table.Each(func(u *registrar.UE) bool {
+		if u.State == registrar.Registered && wantsSubscription(u) {
+			s := w.newSubscription(u)
+			w.wheel.Schedule(&s.other, time.Duration(w.subs.cfg.Jitter()*float64(spread)), func() {
+				w.watch(u, u.Expires.Sub(w.eg.Now()), false)
+			})
+		}
+		return true
+	})
 }
 
 // unwatch ends a subscription with the registration. silent means that the core has not heard of the end.

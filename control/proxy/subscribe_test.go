@@ -758,6 +758,33 @@ func TestSubscriptionEnds(t *testing.T) {
 	}
 }
 
+// A restart ends the dialogs, not the registrations: those are subscribed for again, a little later.
+func TestSubscribeAfterRestart(t *testing.T) {
+	k := newKeptRig(t)
+	p := k.registered()
+	k.cfg.RegEvent = RegEvent{Enabled: true}
+	k.restart(t, 10*time.Second, false)
+	k.l.out = nil
+	k.advance(3 * time.Second)
+	if len(k.l.out) == 0 || !strings.HasPrefix(k.l.out[0].msg, "SUBSCRIBE "+sipID) {
+		t.Fatalf("sent %v", k.l.out)
+	}
+	n := &notifier{r: k.rig, subscribe: k.l.out[0].msg}
+	if got, _ := strconv.Atoi(get(t, n.subscribe, sipmsg.Expires)); got < 600000 || got > 600600 {
+		t.Errorf("subscribed for %d s", got)
+	}
+	n.accept()
+	answered(t, n.notify(active, n.registeredState()), 200)
+	answered(t, n.notify(active, n.document(true, state{sipID, "terminated", nil})), 200)
+	k.wantState(p, registrar.Deregistered)
+	k.restart(t, 10*time.Second, false)
+	k.l.out = nil
+	k.advance(3 * time.Second)
+	if len(k.l.out) != 0 {
+		t.Errorf("sent for a phone that has left: %v", k.l.out)
+	}
+}
+
 // FuzzNotify: no NOTIFY makes a worker crash, end another phone's registration, or send without bound.
 func FuzzNotify(f *testing.F) {
 	f.Add("active;expires=60", `<reginfo xmlns="urn:ietf:params:xml:ns:reginfo" version="1" state="full"><registration aor="`+sipID+
@@ -846,7 +873,7 @@ func subscriptionBytes(t testing.TB, n int) int {
 		s := r.w.subscriptionOf(u)
 		recorded := &loop{now: r.l.now, conns: r.l.conns}
 		r.w.eg = recorded
-		no := &notifier{r: &rig{t: t, w: r.w, l: recorded}, subscribe: string(s.tx.msg)}
+		no := &notifier{r: &rig{t: t, w: r.w, l: recorded, backend: r.backend}, subscribe: string(s.tx.msg)}
 		no.accept()
 		var regs []state
 		for _, id := range u.Identities {

@@ -167,6 +167,7 @@ func (w *Worker) Boot(eg Egress) {
 		w.table.Keep(journal{w})
 	}
 	w.restore()
+	w.resubscribe()
 	w.startHealth()
 	if w.cfg.Fleet != nil {
 		w.cfg.Fleet.join(w)

@@ -680,6 +680,7 @@ func (t *Table) Shorten(u *UE, life time.Duration) {
 			t.armOld(s)
 		}
 	}
+	t.Changed(u)
 }
 
 // extend sets the life of a set here and the backstop in the backend.
