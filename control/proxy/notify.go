@@ -318,13 +318,14 @@ func (w *Worker) drop(s *subscription, gone []lost) {
 }
 
 // endedByCore ends the registration of a UE. Its sets stay for 64*T1 so that the UE still gets its own NOTIFY over them and
-// can answer; what is new is refused from now on, but for REGISTER (TS 24.229 §5.2.5.2).
+// can answer; what is new is refused from now on, but for REGISTER (TS 24.229 §5.2.5.2). A registration that the phone has
+// begun meanwhile goes on.
 func (w *Worker) endedByCore(s *subscription, event observe.NetworkEvent) {
 	u := s.ue
 	w.obs.Network(event)
 	w.log.Info("de-registered by the core", "impi", u.IMPI, "ue", u.Addr, "event", event.String())
 	u.Bindings, u.Identities, u.Asserted = nil, nil, nil
-	w.table.Deregister(u, w.cfg.Registrar.OldSet)
+	w.table.Dismiss(u, w.cfg.Registrar.OldSet)
 	w.unwatch(u, false)
 }
 

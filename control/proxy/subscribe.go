@@ -108,7 +108,8 @@ func (w *Worker) ownHost() string {
 // clock is the time since the worker began: shorter than a time.Time.
 func (w *Worker) clock() time.Duration { return w.eg.Now().Sub(w.subs.epoch) }
 
-// wantsSubscription reports whether the registration of a UE is one to subscribe for.
+// wantsSubscription reports whether the registration of a UE is one to subscribe for: a UE of which the core has told no
+// identity is not (TS 24.229 §5.2.3).
 func wantsSubscription(u *registrar.UE) bool { return len(u.Identities) > 0 }
 
 func (w *Worker) subscriptionOf(u *registrar.UE) *subscription {

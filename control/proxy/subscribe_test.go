@@ -662,6 +662,27 @@ func TestRegisteredSince(t *testing.T) {
 			r.wantState(p, registrar.Deregistered)
 		}
 	})
+	t.Run("while it begins anew", func(t *testing.T) {
+		for name, protected := range map[string]bool{"in clear": false, "over its set": true} {
+			r := newRig(t, withRegEvent)
+			p, n := r.established()
+			q, over, port := newPhone(), clearFlow(), 5060
+			q.n = 5
+			q.agree()
+			if protected {
+				over, port = p.protectedFlow, 6300
+			}
+			r.challenge(q, over, port)
+			answered(t, n.notify(active, ended(n)), 200)
+			r.wantState(q, registrar.Deregistered)
+			r.confirmSubscribed(q)
+			r.wantState(q, registrar.Registered)
+			r.advance(200 * time.Second)
+			if s := r.one(q.protectedFlow, q.message()); s.remote != scscfAddr || r.backend.Count() != 4 {
+				t.Errorf("%s: MESSAGE went to %v, %d SAs", name, s.remote, r.backend.Count())
+			}
+		}
+	})
 	t.Run("long ago", func(t *testing.T) {
 		r := newRig(t, withRegEvent)
 		p, n := r.established()

@@ -746,12 +746,20 @@ func (t *Table) Hold(s *Set, d time.Duration) {
 
 // Deregister ends the registration: the sets stay for the grace so that answers and NOTIFY requests still reach the UE
 // (TS 24.229 §5.2.5.1), then they go.
-func (t *Table) Deregister(u *UE, grace time.Duration) {
+func (t *Table) Deregister(u *UE, grace time.Duration) { t.deregister(u, grace, sa.Reserved) }
+
+// Dismiss is Deregister on the word of the core. It leaves a temporary set alone: a phone that was told to register again
+// may have begun before we hear of it.
+func (t *Table) Dismiss(u *UE, grace time.Duration) {
+	t.deregister(u, grace, sa.Reserved, sa.Temporary)
+}
+
+func (t *Table) deregister(u *UE, grace time.Duration, spared ...sa.Phase) {
 	t.register(u, Ended)
 	u.Ended = t.now()
 	t.Changed(u)
 	for _, s := range u.Sets {
-		if s.Phase != sa.Reserved {
+		if !slices.Contains(spared, s.Phase) {
 			t.Drop(s, min(grace, max(0, s.Deadline.Sub(t.now()))))
 		}
 	}

@@ -571,3 +571,25 @@ func TestWithdraw(t *testing.T) {
 		t.Errorf("the last identity of a set went: %s", got)
 	}
 }
+
+// A registration that the core has ended goes with its sets, but not one that the phone has begun meanwhile.
+func TestDismiss(t *testing.T) {
+	b := newBench(t)
+	first := b.begin(offer(1))
+	b.table.Confirm(first, time.Hour)
+	s := b.begin(offer(2)) // in clear, as if the phone had been told already
+	u := s.UE
+	b.table.Dismiss(u, time.Minute)
+	if u.State != Deregistered || !first.Dropped() || s.Dropped() {
+		t.Fatalf("%v, first set dropped: %t, temporary one: %t", u.State, first.Dropped(), s.Dropped())
+	}
+	b.table.Confirm(s, time.Hour)
+	b.advance(2 * time.Minute)
+	if u.State != Registered || u.Current != s || first.Phase != sa.Dead {
+		t.Errorf("%v, first set %v", u.State, first.Phase)
+	}
+	b.table.Dismiss(u, time.Second)
+	b.begin(offer(3))
+	b.advance(await + time.Second)
+	b.empty()
+}
