@@ -239,11 +239,7 @@ func (w *Worker) subscriptionEvent(s *subscription, f ims.Flow, e regevent.Event
 		case regevent.Arm:
 			w.armSubscription(s, a.Timer, a.After)
 		case regevent.Stop:
-			if a.Timer == regevent.TimerExpiry {
-				w.wheel.Stop(&s.expiry)
-			} else if a.Timer == s.armed { // another one may have taken its place by now
-				w.wheel.Stop(&s.other)
-			}
+			w.stopSubscription(s, a.Timer)
 		case regevent.Apply:
 			apply = true
 		case regevent.Report:
@@ -261,6 +257,16 @@ func (w *Worker) armSubscription(s *subscription, t regevent.Timer, after time.D
 		timer, s.armed = &s.other, t
 	}
 	w.wheel.Schedule(timer, after, func() { w.subscriptionEvent(s, ims.Flow{}, t.Event()) })
+}
+
+func (w *Worker) stopSubscription(s *subscription, t regevent.Timer) {
+	if t == regevent.TimerExpiry {
+		w.wheel.Stop(&s.expiry)
+		return
+	}
+	if t == s.armed { // another one may have taken its place by now
+		w.wheel.Stop(&s.other)
+	}
 }
 
 // subscriptionLost notes that the core will not tell us of de-registrations: the SA sets then end by their lifetime.
