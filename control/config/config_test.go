@@ -80,6 +80,7 @@ func TestGood(t *testing.T) {
 	}
 }
 
+// Peers: A1.19
 func TestBad(t *testing.T) {
 	for _, path := range files(t, "testdata/bad/*.yaml") {
 		t.Run(filepath.Base(path), func(t *testing.T) {
@@ -97,6 +98,7 @@ func TestBad(t *testing.T) {
 	}
 }
 
+// Peers: B1.02, C1.06b, D2.01
 func TestExampleIsTheDefault(t *testing.T) {
 	var b bytes.Buffer
 	if err := WriteExample(&b); err != nil {
@@ -133,6 +135,7 @@ func TestExampleIsTheDefault(t *testing.T) {
 	}
 }
 
+// Peers: B4.07
 func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 	n := 0
 	walk("", schema(), func(path string, f *field) {

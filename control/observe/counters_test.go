@@ -52,6 +52,7 @@ func value(t *testing.T, g prometheus.Gatherer, sample string) float64 {
 	return -1
 }
 
+// Peers: A1.35, B1.01, B3.21
 func TestCountersAreAddedUp(t *testing.T) {
 	m := New(3)
 	r := register(t, m)

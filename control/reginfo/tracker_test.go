@@ -83,6 +83,7 @@ func told(changes []Change) []string {
 	return out
 }
 
+// Peers: B3.15
 func TestTracker(t *testing.T) {
 	type step struct {
 		doc    string // "restart" begins a new subscription

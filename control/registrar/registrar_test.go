@@ -182,6 +182,8 @@ func TestInitialRegistration(t *testing.T) {
 }
 
 // R6.11: an authentication that never comes leaves nothing behind.
+//
+// Peers: A3.04a
 func TestAwaitAuth(t *testing.T) {
 	b := newBench(t)
 	s := b.begin(offer(0))
@@ -228,6 +230,8 @@ func TestDroppedWhileInstalling(t *testing.T) {
 }
 
 // R6.3, R6.5: after a re-authentication the old set carries requests until the new one is used, then it has 64*T1 left.
+//
+// Peers: B3.04
 func TestReauthentication(t *testing.T) {
 	b := newBench(t)
 	s1 := b.begin(offer(0))
@@ -266,6 +270,8 @@ func TestReauthentication(t *testing.T) {
 }
 
 // R6.6: an unused new set is taken into use when the old one has less than 64*T1 left.
+//
+// Peers: A1.25b
 func TestHandOverByTime(t *testing.T) {
 	b := newBench(t)
 	s1 := b.begin(offer(0))
@@ -374,6 +380,8 @@ func TestReboot(t *testing.T) {
 }
 
 // R1.7, E6: what another phone has is not taken.
+//
+// Peers: B3.01b
 func TestConflicts(t *testing.T) {
 	b := newBench(t)
 	s := b.begin(offer(0))
@@ -438,6 +446,8 @@ func TestGenerations(t *testing.T) {
 }
 
 // Every cell of the registration's table: what is not in it changes nothing.
+//
+// Peers: B1.03, B1.16
 func TestStates(t *testing.T) {
 	want := map[State][3]State{ // by event
 		Pending: {0, Registered, Deregistered}, Registered: {0, Registered, Deregistered},
