@@ -74,6 +74,9 @@ func TestCountersAreAddedUp(t *testing.T) {
 	b.Sets(PhaseTemporary, 1)
 	a.Sets(PhaseTemporary, -1)
 	a.UEs(5, UERegistered)
+	a.SPIs(3, 100)
+	a.SPIs(2, 100)
+	b.SPIs(5, 100)
 	b.UEs(-2, UERegistered) // a UE may be counted down where another worker counted up
 
 	for sample, want := range map[string]float64{
@@ -97,6 +100,8 @@ func TestCountersAreAddedUp(t *testing.T) {
 		`gmgate_sa_sets{phase="old"}`:                                                                                0,
 		`gmgate_ues{state="registered"}`:                                                                             3,
 		`gmgate_ues{state="unknown"}`:                                                                                -1,
+		`gmgate_spi_pool_in_use{}`:                                                                                   7,
+		`gmgate_spi_pool_capacity{}`:                                                                                 200,
 	} {
 		if got := value(t, r, sample); got != want {
 			t.Errorf("%s = %v, want %v", sample, got, want)

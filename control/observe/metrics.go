@@ -188,6 +188,8 @@ var (
 	awaitAuthDesc     = desc("reg_await_auth_expired_total", "Challenges that no protected REGISTER answered in time.")
 	setsDesc          = desc("sa_sets", "SA sets by phase.", "phase")
 	uesDesc           = desc("ues", "UE contexts by registration state.", "state")
+	spisDesc          = desc("spi_pool_in_use", "SPIs taken from the pool.")
+	spiCapacityDesc   = desc("spi_pool_capacity", "SPIs that the pool can give out at most.")
 )
 
 var (
@@ -200,6 +202,7 @@ func (w *workerCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		messagesDesc, rejectedDesc, droppedDesc, registrationsDesc, suitesDesc, verifyDesc, awaitAuthDesc, setsDesc, uesDesc,
 		subscriptionsDesc, subscribesDesc, notifiesDesc, networkDesc, lossesDesc,
+		spisDesc, spiCapacityDesc,
 	} {
 		ch <- d
 	}
@@ -240,8 +243,8 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 	counter(verifyDesc, w.sum(func(c *Counters) *count { return &c.verify }))
 	counter(awaitAuthDesc, w.sum(func(c *Counters) *count { return &c.awaitAuth }))
 
-	gauge := func(d *prometheus.Desc, v int64, label string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), label)
+	gauge := func(d *prometheus.Desc, v int64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
 	}
 	for p := range phaseEnd {
 		if n := w.sumLevel(func(c *Counters) *level { return &c.sets[p] }); p != 0 || n != 0 {
@@ -254,6 +257,8 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	w.collectRegEvents(counter, gauge)
+	gauge(spisDesc, w.sumLevel(func(c *Counters) *level { return &c.spisInUse }))
+	gauge(spiCapacityDesc, w.sumLevel(func(c *Counters) *level { return &c.spiCapacity }))
 }
 
 func (w *workerCollector) collectMessages(counter func(*prometheus.Desc, uint64, ...string)) {

@@ -1119,7 +1119,7 @@ func TestDeregistration(t *testing.T) {
 }
 
 // A flood of REGISTERs in clear takes no more than its share, and leaves nothing.
-func TestFlood(t *testing.T) {
+func TestFloodOfSources(t *testing.T) {
 	r := newRig(t)
 	good := r.registered()
 	send := func(addr netip.Addr, n int) int {

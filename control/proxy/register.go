@@ -1,8 +1,10 @@
 package proxy
 
 import (
+	"context"
 	"encoding/hex"
 	"errors"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -65,8 +67,9 @@ type regTx struct {
 	timer   wheel.Timer
 	timeout wheel.Timer
 
-	older, newer *regTx // in queue
-	queue        *pendingQueue
+	origin origin
+	queue  *pendingQueue
+	links  [txLists]txLinks
 }
 
 func newestKey(impi string, a netip.Addr) string { return a.String() + " " + impi }
@@ -88,8 +91,12 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 		w.obs.Drop(observe.ReasonNoSA) // its registration has failed
 		return
 	}
-	if s == nil && !w.room(f) {
-		w.refuse(f, s, 503, "Service Unavailable", "too many registrations of this address under way", observe.ReasonBusy,
+	if !w.room(f, s) {
+		who := "phone"
+		if s == nil {
+			who = "address"
+		}
+		w.refuse(f, s, 503, "Service Unavailable", "too many registrations of this "+who+" under way", observe.ReasonBusy,
 			retryAfter)
 		return
 	}
@@ -106,9 +113,7 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 		return
 	}
 	w.txs[key] = tx
-	if s == nil {
-		w.enqueuePending(tx)
-	}
+	w.enqueuePending(tx)
 	nk := newestKey(tx.impi, f.Remote.Addr())
 	if old := w.newest[nk]; old != nil && old.final == nil {
 		old.replaced = true
@@ -167,7 +172,7 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		return nil
 	}
 	tx := &regTx{
-		flow: f, over: s, began: w.eg.Now(), callID: string(m.Get(sipmsg.CallID)),
+		flow: f, over: s, origin: originOf(f, s), began: w.eg.Now(), callID: string(m.Get(sipmsg.CallID)),
 		req: append([]byte(nil), m.Bytes()...), resend: coreT1,
 	}
 	if s != nil {
@@ -527,7 +532,9 @@ func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 		delete(w.newest, newestKey(tx.impi, tx.flow.Remote.Addr()))
 	}
 	w.wheel.Schedule(&tx.timeout, finalKept, func() { w.forget(tx) })
-	w.log.Debug("register answered", "code", code, "flow", tx.flow.String(), "call_id", tx.callID)
+	if w.log.Enabled(context.Background(), slog.LevelDebug) { // the arguments cost more than the rest of this function
+		w.log.Debug("register answered", "code", code, "flow", tx.flow.String(), "call_id", tx.callID)
+	}
 	w.answerRegister(tx, msg)
 }
 

@@ -110,6 +110,7 @@ type Worker struct {
 	txs               map[txKey]*regTx
 	newest            map[string]*regTx // newest REGISTER transaction by IMPI and address
 	waiting, answered *pendingQueue     // REGISTER transactions in clear
+	protected         *pendingQueue     // and over SA sets
 	conns             map[ims.ConnID]*registrar.Set
 	dials             map[uint64]*dial
 	ueDial            map[*registrar.Set]*dial
@@ -147,8 +148,9 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
 		mwPort: cfg.MwPort + uint16(id),
 		txs:    make(map[txKey]*regTx), newest: make(map[string]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
-		conns: make(map[ims.ConnID]*registrar.Set),
-		dials: make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
+		protected: newPendingQueue(),
+		conns:     make(map[ims.ConnID]*registrar.Set),
+		dials:     make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
 		mwConn: make(map[netip.AddrPort]ims.ConnID), mwPeer: make(map[ims.ConnID]netip.AddrPort),
 		mwDial: make(map[netip.AddrPort]*dial), answer: make(map[netip.AddrPort]ims.ConnID),
 		sentBy: make(map[ims.ConnID]netip.AddrPort),
@@ -168,6 +170,7 @@ func (w *Worker) Boot(eg Egress) {
 	}
 	w.restore()
 	w.resubscribe()
+	w.obs.SPIs(w.spis.InUse(), w.spis.Capacity())
 	w.startHealth()
 	if w.cfg.Fleet != nil {
 		w.cfg.Fleet.join(w)
@@ -175,7 +178,10 @@ func (w *Worker) Boot(eg Egress) {
 }
 
 // Tick advances the timers.
-func (w *Worker) Tick(now time.Time) { w.wheel.Advance(now) }
+func (w *Worker) Tick(now time.Time) {
+	w.wheel.Advance(now)
+	w.obs.SPIs(w.spis.InUse(), w.spis.Capacity())
+}
 
 // Table gives tests and the admin side the UE contexts; use it on the loop only.
 func (w *Worker) Table() *registrar.Table { return w.table }

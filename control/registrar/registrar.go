@@ -41,6 +41,9 @@ const hardMargin = time.Minute
 // resetGrace is how long the SAs of a set outlive its connections.
 const resetGrace = 100 * time.Millisecond
 
+// queueSlack is how many sets which no longer wait may stay in the queue of unconfirmed ones, beside as many as wait.
+const queueSlack = 64
+
 // How often the backend is asked to move a hard limit, and how long after a refusal.
 const (
 	extendTries = 3
@@ -200,6 +203,7 @@ type Set struct {
 	ConnOut  ims.ConnID // connection opened by us, pc to us
 
 	timer    wheel.Timer
+	began    time.Time
 	initial  bool // SM1 came in clear
 	removing bool // told to go, waiting for its grace
 	kept     bool // by the journal
@@ -250,7 +254,7 @@ type Table struct {
 	// unconfirmed counts the sets of initial registrations that nobody has proved to be entitled to, by source.
 	unconfirmed map[netip.Prefix]int
 	pending     int    // their sum
-	queue       []*Set // in the order of their beginning, confirmed and dead ones among them
+	queue       []*Set // in the order of their beginning, some confirmed and dead ones among them
 	nextID      uint64
 }
 
@@ -277,20 +281,21 @@ func Source(a netip.Addr) netip.Prefix {
 	return p
 }
 
-// DropOldest ends the oldest set that waits for its authentication. It reports false when none does.
-func (t *Table) DropOldest() bool {
+// Oldest returns the set that has waited longest for its authentication, and since when; nil when none does.
+func (t *Table) Oldest() (*Set, time.Time) {
 	for len(t.queue) > 0 {
-		s := t.queue[0]
+		if s := t.queue[0]; s.waits() {
+			return s, s.began
+		}
 		t.queue[0] = nil
 		t.queue = t.queue[1:]
-		if s.waits() {
-			t.remove(s)
-			return true
-		}
 	}
 	t.queue = nil
-	return false
+	return nil, time.Time{}
 }
+
+// Evict ends a set that waits for its authentication, to make room for another one.
+func (t *Table) Evict(s *Set) { t.remove(s) }
 
 // Unconfirmed returns how many SA sets of initial registrations wait for their authentication: those of one source, and
 // of all.
@@ -311,6 +316,9 @@ func (t *Table) account(s *Set, before bool) {
 	if after {
 		t.unconfirmed[source]++
 		t.pending++
+		if len(t.queue) > 2*t.pending+queueSlack { // amortised over as many sets as it walks
+			t.queue = slices.DeleteFunc(t.queue, func(o *Set) bool { return !o.waits() })
+		}
 		t.queue = append(t.queue, s)
 		return
 	}
@@ -451,7 +459,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	}
 	t.nextID++
 	s := &Set{
-		UE: u, Phase: sa.Reserved, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over,
+		UE: u, Phase: sa.Reserved, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over, began: t.now(),
 		Params: sa.Params{
 			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
 			Local: o.Local, UE: o.UE,
