@@ -195,10 +195,11 @@ func (f *flood) run(r *rig) (res floodResult) {
 const floodOver = 4*time.Minute + 32*time.Second + finalKept + answerGrace
 
 // TestFlood floods a worker with 200,000 unprotected REGISTERs from 1,000 sources while 50 phones go on calling. The limits
-// hold at every moment, and when it is over nothing is left of it but the room which maps and slices keep for the next
-// one: at most 1 MiB of heap with the limit of 2,000 pending registrations here, and no more of it after each further flood.
+// hold at every moment, and when it is over nothing is left of it but the room that maps keep for the next one. The
+// tolerance for that is 4 MiB, about half of it in the fake backend: 20 octets for each REGISTER, so that none of them can
+// have left an object. A further flood of a quarter of the size finds that room and may add 1 MiB.
 func TestFlood(t *testing.T) {
-	const tolerance, growth = 1 << 20, 64 << 10
+	const tolerance, growth = 4 << 20, 1 << 20
 	registers := 200_000
 	if testing.Short() {
 		registers = 20_000

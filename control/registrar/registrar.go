@@ -316,15 +316,18 @@ func (t *Table) account(s *Set, before bool) {
 	if after {
 		t.unconfirmed[source]++
 		t.pending++
-		if len(t.queue) > 2*t.pending+queueSlack { // amortised over as many sets as it walks
-			t.queue = slices.DeleteFunc(t.queue, func(o *Set) bool { return !o.waits() })
-		}
 		t.queue = append(t.queue, s)
 		return
 	}
 	t.pending--
 	if t.unconfirmed[source]--; t.unconfirmed[source] == 0 {
 		delete(t.unconfirmed, source)
+	}
+	switch {
+	case t.pending == 0:
+		t.queue = nil
+	case len(t.queue) > 2*t.pending+queueSlack: // as many have gone since the last time as this walks over, about
+		t.queue = slices.DeleteFunc(t.queue, func(o *Set) bool { return !o.waits() })
 	}
 }
 
