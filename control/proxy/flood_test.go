@@ -110,6 +110,7 @@ func (r *rig) heap() int64 {
 
 // flood is a number of unprotected REGISTERs from a number of sources. Every second one comes from a few of them.
 type flood struct {
+	first              int // number of the first one
 	registers, sources int
 	ipv6               bool // every second source is an IPv6 /64, which uses a new address each time
 	gap                time.Duration
@@ -139,7 +140,7 @@ func (f *flood) run(r *rig) (res floodResult) {
 	r.t.Helper()
 	cfg := r.w.cfg
 	local := map[bool]netip.Addr{false: gmAddr, true: netip.MustParseAddr("2001:db8::5")}
-	for n := range f.registers {
+	for n := f.first; n < f.first+f.registers; n++ {
 		src := f.source(n)
 		p := &phone{addr: src, impi: "flood" + strconv.Itoa(n) + "@" + domain, callID: "flood" + strconv.Itoa(n)}
 		p.portS, p.portC = uint16(20000+n%20000), uint16(40000+n%20000)
