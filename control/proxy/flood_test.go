@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"runtime"
 	"strconv"
@@ -262,5 +263,29 @@ func TestFlood(t *testing.T) {
 			newcomer := r.enrol(1000)
 			r.calls(newcomer)
 		})
+	}
+}
+
+// A set that gives way while the backend still installs it is no failure of the backend: the phone is told to come again.
+func TestEvictedWhileInstalling(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.PendingMax = 1 })
+	var log strings.Builder
+	r.w.log = slog.New(slog.NewTextHandler(&log, nil))
+	p, other := subscriber(1), subscriber(2)
+	req := r.one(p.clearFlow(), p.register("a", 5060))
+	r.w.Message(coreFlow(), []byte(answerTo(t, req.msg, "401 Unauthorized", challenge))) // and the backend works on it
+	r.l.out = nil
+	for _, out := range r.deliver(other.clearFlow(), other.register("b", 5060)) {
+		if out.remote.Addr() == p.addr && (status(t, out.msg) != 503 || get(t, out.msg, sipmsg.Warning) == "" ||
+			!strings.Contains(out.msg, "\r\n"+retryAfter)) {
+			t.Errorf("the phone whose set gave way got\n%s", out.msg)
+		}
+	}
+	if len(r.l.out) != 2 || log.Len() > 0 {
+		t.Errorf("%d messages, log %q", len(r.l.out), log.String())
+	}
+	r.advance(finalKept + time.Minute)
+	if r.backend.Count() != 0 || r.w.table.SPIsInUse() != 0 {
+		t.Error("something is left")
 	}
 }

@@ -507,13 +507,18 @@ func (w *Worker) registerTimeout(tx *regTx) {
 	w.registerFailed(tx, 504, "Server Time-out", "core does not answer", observe.ReasonCoreTimeout)
 }
 
-// registerFailed answers a REGISTER with an error of our own. A temporary set that it came over goes.
+// registerFailed answers a REGISTER with an error of our own. A temporary set that it came over goes. A phone that came at a
+// bad time is told when to come again.
 func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why observe.Reason) {
 	if tx.final != nil || w.m.Scan(tx.req) != nil {
 		return
 	}
 	w.obs.Reject(why)
-	w.finishRegister(tx, w.reply(nil, tx.flow, tx.over, code, phrase, warning), code)
+	var extra []string
+	if code == 503 {
+		extra = append(extra, retryAfter)
+	}
+	w.finishRegister(tx, w.reply(nil, tx.flow, tx.over, code, phrase, warning, extra...), code)
 	w.obs.Registration(tx.kind(), false)
 	if tx.over != nil && tx.over.Phase == sa.Temporary {
 		w.table.Drop(tx.over, answerGrace)
@@ -695,6 +700,10 @@ func (w *Worker) challenged(tx *regTx) {
 func (w *Worker) installed(tx *regTx, s *registrar.Set, err error) {
 	if tx.final != nil {
 		return // the transaction has timed out meanwhile; the temporary set goes by its timer
+	}
+	if errors.Is(err, registrar.ErrAborted) { // it gave way to others while the backend was at work
+		w.registerFailed(tx, 503, "Service Unavailable", "too many registrations under way", observe.ReasonBusy)
+		return
 	}
 	if err != nil {
 		w.log.Error("SA set not installed", "error", err, "sa_set", s.ID)
