@@ -295,7 +295,7 @@ func (p *population) batch(k int) (cpu time.Duration) {
 func (p *population) grow(n int, fresh bool) {
 	for p.first < n {
 		p.batch(min(1000, n-p.first))
-		p.pass(time.Second)
+		p.pass(time.Second) // or too many would be pending
 	}
 	if !fresh {
 		p.pass(3 * time.Minute)

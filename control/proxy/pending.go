@@ -18,6 +18,8 @@ const (
 	// maxProtected bounds the REGISTER transactions of one UE over its SA sets, under way and answered: a
 	// re-registration takes two, each further public identity one more.
 	maxProtected = 16
+	// maxProtectedAll bounds those of all UEs of a worker, at some 4 kB each.
+	maxProtectedAll = 1 << 15
 )
 
 // origin is who REGISTER transactions count for: in clear the source, over a set the UE that owns it.
@@ -132,6 +134,12 @@ func (w *Worker) room(f ims.Flow, s *registrar.Set) bool {
 	if s == nil {
 		sets, _ := w.table.Unconfirmed(o.source)
 		return w.waiting.of(o).n+sets < w.cfg.PendingSource
+	}
+	if w.protected.n >= maxProtectedAll {
+		if w.protected.oldest.final == nil {
+			return false
+		}
+		w.forget(w.protected.oldest)
 	}
 	own := w.protected.of(o)
 	if own.n < maxProtected {

@@ -31,9 +31,6 @@ const (
 	finalKept = 128 * time.Second
 )
 
-// maxRegisterTx bounds the REGISTER transactions of one worker.
-const maxRegisterTx = 1 << 17
-
 type txKey uint64
 
 // regTx is a REGISTER on its way: the server transaction towards the UE and the client transaction towards the core in
@@ -51,11 +48,9 @@ type regTx struct {
 	dereg              bool   // asks for de-registration
 	response           bool   // carried a challenge response
 
-	offer  *secagree.Offer // chosen mechanism; nil without Security-Client
-	client secagree.List
-	// clientText is the Security-Client that the offer is from, one header row per line.
-	clientText string
-	replaced   bool // a newer REGISTER of the same UE is under way: its 401 must not make SAs
+	offer    *secagree.Offer // chosen mechanism; nil without Security-Client
+	client   string          // Security-Client as in registrar.Set
+	replaced bool            // a newer REGISTER of the same UE is under way: its 401 must not make SAs
 
 	req   []byte // as received, to answer it
 	fwd   []byte // as sent to the core
@@ -105,10 +100,6 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 		return
 	}
 	tx.key = key
-	if s == nil && len(w.txs) >= maxRegisterTx {
-		w.refuse(f, s, 503, "Service Unavailable", "too many registrations under way", observe.ReasonBusy, retryAfter)
-		return
-	}
 	if !w.buildRegister(tx, &via) {
 		return
 	}
@@ -192,18 +183,20 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 	if err := w.readContact(tx); err != nil {
 		return refuse(400, "Bad Request", "Contact: "+err.Error(), observe.ReasonMalformed)
 	}
-	rows := w.values(sipmsg.SecurityClient)
-	client, err := secagree.Parse(rows...)
-	if err != nil {
-		return refuse(400, "Bad Request", "Security-Client: "+err.Error(), observe.ReasonBadSecurityClient)
+	tx.client = w.agreement(sipmsg.SecurityClient)
+	known := s != nil && tx.client != "" && tx.client == s.ClientText // then it is what Parse and Select have accepted
+	var client secagree.List
+	if !known {
+		if client, err = parseAgreement(tx.client); err != nil {
+			return refuse(400, "Bad Request", "Security-Client: "+err.Error(), observe.ReasonBadSecurityClient)
+		}
 	}
-	tx.client, tx.clientText = client, unfolded(rows)
 	if s != nil {
 		if !w.checkProtected(tx, s, via, refuse) {
 			return nil
 		}
 	}
-	hasClient := client.IPsecCount() > 0
+	hasClient := known || client.IPsecCount() > 0
 	switch {
 	case s == nil && (!hasClient || !w.requires("sec-agree")):
 		why, warning := observe.ReasonNoSecurityClient, "Security-Client: no ipsec-3gpp mechanism"
@@ -212,23 +205,21 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		}
 		// RFC 3329 §2.3.1: the client must use the security agreement.
 		return refuse(421, "Extension Required", warning, why, "Require: sec-agree\r\n", w.bareServer())
-	case hasClient && s != nil && s.Phase != sa.Temporary && secagree.Equal(s.Client, client) == nil:
-		// SM7 again, or a refresh that repeats the agreement in force: nothing new to agree on.
-	case hasClient && (s == nil || s.Phase != sa.Temporary):
-		if !w.choose(tx, refuse) {
+	case hasClient && s != nil && (s.Phase == sa.Temporary || sameAgreement(s.ClientText, tx.client) == nil):
+		// SM7, once or again, or a refresh that repeats the agreement in force: nothing new to agree on.
+	case hasClient:
+		if !w.choose(tx, client, refuse) {
 			return nil
-		}
-	case hasClient: // SM7 repeats the offer of SM1; should the core challenge again, it counts again
-		if o, err := secagree.Select(client, w.cfg.Suites); err == nil {
-			tx.offer = &o
 		}
 	}
 	return tx
 }
 
 // choose selects the mechanism and applies the rules on SPIs and ports (TS 33.203 §7.2).
-func (w *Worker) choose(tx *regTx, refuse func(int, string, string, observe.Reason, ...string) *regTx) bool {
-	o, err := secagree.Select(tx.client, w.cfg.Suites)
+func (w *Worker) choose(tx *regTx, client secagree.List,
+	refuse func(int, string, string, observe.Reason, ...string) *regTx,
+) bool {
+	o, err := secagree.Select(client, w.cfg.Suites)
 	switch {
 	case errors.Is(err, secagree.ErrNoCommonAlgorithm):
 		refuse(w.cfg.StatusSuite, statusPhrase(w.cfg.StatusSuite), "Security-Client: "+err.Error(),
@@ -290,17 +281,13 @@ func (w *Worker) checkProtected(tx *regTx, s *registrar.Set, via *sipmsg.ViaParm
 	}
 	code, phrase := w.cfg.StatusVerify, statusPhrase(w.cfg.StatusVerify)
 	server := "Security-Server: " + s.ServerText + "\r\n"
-	verify, err := secagree.Parse(w.values(sipmsg.SecurityVerify)...)
-	if err == nil {
-		err = secagree.Equal(s.Server, verify)
-	}
-	if err != nil {
+	if err := sameAgreement(s.ServerText, w.agreement(sipmsg.SecurityVerify)); err != nil {
 		w.obs.VerifyMismatch()
 		refuse(code, phrase, "Security-Verify: "+err.Error(), observe.ReasonVerifyMismatch, server)
 		w.table.Drop(s, answerGrace)
 		return false
 	}
-	if err := secagree.Equal(s.Client, tx.client); err != nil {
+	if err := sameAgreement(s.ClientText, tx.client); err != nil {
 		refuse(code, phrase, "Security-Client: "+err.Error(), observe.ReasonClientMismatch, server)
 		w.table.Drop(s, answerGrace)
 		return false
@@ -341,13 +328,49 @@ func (w *Worker) values(id sipmsg.HeaderID) []string {
 	return v
 }
 
-// unfolded joins header rows, one per line: the folds within a row become spaces (RFC 3261 §7.3.1).
-func unfolded(rows []string) string {
-	lines := make([]string, len(rows))
-	for i, r := range rows {
-		lines[i] = strings.NewReplacer("\r\n", " ", "\r", " ", "\n", " ").Replace(r)
+// agreement returns the rows of a Security-* header as one text, joined by a newline.
+func (w *Worker) agreement(id sipmsg.HeaderID) string {
+	text := w.text[:0]
+	for _, row := range w.m.Rows() {
+		if row.ID != id {
+			continue
+		}
+		if len(text) > 0 {
+			text = append(text, '\n')
+		}
+		for _, c := range w.m.Value(row) {
+			if c == '\r' || c == '\n' { // a folded row: one space or several are the same (RFC 3261 §7.3.1)
+				c = ' '
+			}
+			text = append(text, c)
+		}
 	}
-	return strings.Join(lines, "\n")
+	w.text = text
+	return string(text)
+}
+
+func parseAgreement(text string) (secagree.List, error) {
+	if text == "" {
+		return secagree.List{}, nil
+	}
+	return secagree.Parse(strings.Split(text, "\n")...)
+}
+
+// sameAgreement compares a header with the one that it must repeat (RFC 3329 §2.3.1). Nearly every phone repeats it byte
+// for byte, so that it need not be parsed.
+func sameAgreement(known, repeated string) error {
+	if known == repeated {
+		return nil
+	}
+	have, err := parseAgreement(known)
+	if err != nil {
+		return err
+	}
+	got, err := parseAgreement(repeated)
+	if err != nil {
+		return err
+	}
+	return secagree.Equal(have, got)
 }
 
 // requires reports whether Require or Proxy-Require holds an option tag.
@@ -541,6 +564,7 @@ func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 		w.log.Debug("register answered", "code", code, "flow", tx.flow.String(), "call_id", tx.callID)
 	}
 	w.answerRegister(tx, msg)
+	tx.req, tx.offer = nil, nil // a retransmission brings its own Via
 }
 
 func (w *Worker) forget(tx *regTx) {
@@ -553,10 +577,10 @@ func (w *Worker) forget(tx *regTx) {
 	}
 }
 
-// answerRegister sends an answer in the context of its REGISTER: in clear for one that came in clear, over the same set
+// answerRegister sends an answer, the first time or to a retransmission which is the current message then, in the context of its REGISTER: in clear for one that came in clear, over the same set
 // for one that came protected (TS 33.203 §7.2).
 func (w *Worker) answerRegister(tx *regTx, msg []byte) {
-	if w.m.Scan(tx.req) != nil {
+	if tx.req != nil && w.m.Scan(tx.req) != nil {
 		return
 	}
 	if tx.over != nil && !tx.over.Live() && tx.over.UE.Current == nil {
@@ -642,14 +666,14 @@ func (w *Worker) challenged(tx *regTx) {
 		return
 	}
 	switch {
-	case tx.offer == nil:
-		w.registerFailed(tx, 400, "Bad Request", "Security-Client: nothing new to agree on, and the core asks for authentication",
-			observe.ReasonNoSecurityClient)
-		return
 	case tx.over != nil && tx.over.Phase == sa.Temporary:
 		// The UE's SPIs are taken by the very set over which this answer has to leave.
 		w.registerFailed(tx, 500, "Server Internal Error", "challenged again on a temporary security association",
 			observe.ReasonBusy)
+		return
+	case tx.offer == nil:
+		w.registerFailed(tx, 400, "Bad Request", "Security-Client: nothing new to agree on, and the core asks for authentication",
+			observe.ReasonNoSecurityClient)
 		return
 	case tx.over != nil && !tx.over.Live():
 		w.registerFailed(tx, 500, "Server Internal Error", "security association is gone", observe.ReasonUEUnreachable)
@@ -680,13 +704,15 @@ func (w *Worker) challenged(tx *regTx) {
 	w.boundPending()
 	server := secagree.Server{
 		SPIC: s.SPIs.PC, SPIS: s.SPIs.PS, PortC: s.Ports.PC, PortS: s.Ports.PS,
-		Suites: secagree.ServerSuites(tx.offer.Suite, w.cfg.Suites, tx.client, w.cfg.ServerList),
+		Suites: []ims.Suite{tx.offer.Suite},
 	}
-	s.ServerText = string(server.Append(nil))
-	if s.Server, err = secagree.Parse(s.ServerText); err != nil {
-		w.log.Error("own Security-Server does not parse", "error", err)
+	if w.cfg.ServerList {
+		client, _ := parseAgreement(tx.client) // parsed when it came
+		server.Suites = secagree.ServerSuites(tx.offer.Suite, w.cfg.Suites, client, true)
 	}
-	s.Client, s.ClientText, s.CallID, s.IMPU = tx.client, tx.clientText, tx.callID, tx.impu
+	w.text = server.Append(w.text[:0])
+	s.ServerText = string(w.text)
+	s.ClientText, s.CallID, s.IMPU = tx.client, tx.callID, tx.impu
 	w.e.Insert(at, "Security-Server: ", s.ServerText, "\r\n")
 	if !w.finish() {
 		w.table.Drop(s, 0)

@@ -15,7 +15,6 @@ import (
 
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/sa"
-	"github.com/gmgate/gmgate/control/secagree"
 	"github.com/gmgate/gmgate/control/wheel"
 )
 
@@ -188,15 +187,13 @@ type Set struct {
 	Phase  sa.Phase
 	Serial uint8 // distinguishes the live sets of one UE in flow tokens
 
-	Server     secagree.List // Security-Server as sent in SM6
-	ServerText string        // the same, byte for byte
-	Client     secagree.List // Security-Client of SM1
-	ClientText string        // its header rows, one per line
-	CallID     string        // of SM1
-	IMPU       string        // of SM1
-	Over       *Set          // the set which SM1 came over; nil: it came in clear
-	OverTCP    bool          // SM7 came over TCP: so do requests to the UE
-	Used       bool          // a message other than SM7 came in on it
+	ServerText string // Security-Server as sent in SM6
+	ClientText string // Security-Client of SM1, rows joined by a newline
+	CallID     string // of SM1
+	IMPU       string // of SM1
+	Over       *Set   // the set which SM1 came over; nil: it came in clear
+	OverTCP    bool   // SM7 came over TCP: so do requests to the UE
+	Used       bool   // a message other than SM7 came in on it
 
 	Deadline time.Time
 	ConnIn   ims.ConnID // connection opened by the UE, uc to ps
