@@ -420,7 +420,7 @@ func parseAndPrint(b *testing.B, messages []string) {
 }
 
 // BenchmarkHeapPerUE measures the Go heap of a registered UE in the worker: at once, while the transactions are kept for
-// retransmissions, and after their time.
+// retransmissions, and after their time, when they have registered at the pace of one a second.
 func BenchmarkHeapPerUE(b *testing.B) {
 	const phones = 5000
 	heap := func() float64 {
@@ -430,18 +430,27 @@ func BenchmarkHeapPerUE(b *testing.B) {
 		runtime.ReadMemStats(&m)
 		return float64(m.HeapAlloc)
 	}
-	for b.Loop() {
+	measure := func(unit string, register func(*population)) {
 		p := newPopulation(b, newAcker(b), benchCore, nil)
+		p.batch(1) // what the first one makes for all
+		p.eg.sent, p.eg.ends = nil, nil
 		before := heap()
-		p.grow(phones, true)
-		fresh := heap()
-		p.pass(3 * time.Minute)
-		settled := heap()
-		b.ReportMetric((fresh-before)/phones, "B/UE-at-once")
-		b.ReportMetric((settled-before)/phones, "B/UE")
-		if n := p.w.Table().UEs(); n != phones {
+		register(p)
+		p.eg.sent, p.eg.ends = nil, nil
+		b.ReportMetric((heap()-before)/phones, unit)
+		if n := p.w.Table().UEs(); n != phones+1 {
 			b.Fatalf("%d phones are registered", n)
 		}
+	}
+	for b.Loop() {
+		measure("B/UE-at-once", func(p *population) { p.grow(phones+1, true) })
+		measure("B/UE", func(p *population) {
+			for range phones / 100 { // one a second or so
+				p.batch(100)
+				p.pass(2 * time.Minute)
+			}
+			p.pass(time.Minute)
+		})
 	}
 	b.ReportMetric(0, "ns/op")
 }

@@ -391,7 +391,7 @@ func (w *Worker) readAuthorization(tx *regTx) error {
 		if err != nil {
 			return err
 		}
-		tx.impi, tx.response = a.Username, a.Response != ""
+		tx.impi, tx.response = strings.Clone(a.Username), a.Response != "" // without the header that it stands in
 		if tx.impi == "" {
 			return errors.New("username is missing")
 		}
@@ -887,6 +887,9 @@ func sameContact(a, b string) bool {
 // learn stores what the 200 says about the user (TS 24.229 §5.2.2.2).
 func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 	u.Contact = tx.contact
+	if tx.over.IMPU == tx.impu {
+		tx.impu = tx.over.IMPU // one string for both
+	}
 	u.Bind(registrar.Binding{IMPU: tx.impu, Associated: w.uris(sipmsg.PAssociatedURI)})
 	w.assertIdentities(u)
 	routes := w.uris(sipmsg.ServiceRoute)
@@ -898,17 +901,32 @@ func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 
 // setServiceRoute prepares the preloaded route of initial requests (RFC 3608 §6.1).
 func (w *Worker) setServiceRoute(u *registrar.UE, routes []string) {
-	u.ServiceRoute, u.ServiceHosts, u.RouteRow, u.NextHop = routes, nil, "", ims.Hop{}
+	u.ServiceRoute, u.ServiceHosts, u.RouteRow, u.NextHop = nil, nil, "", ims.Hop{}
 	if len(routes) == 0 {
 		return
 	}
-	u.RouteRow = "Route: <" + strings.Join(routes, ">, <") + ">\r\n"
-	for _, r := range routes {
-		if uri, err := sipmsg.ParseURI([]byte(r)); err == nil {
-			u.ServiceHosts = append(u.ServiceHosts, string(uri.Host))
+	if !slices.Equal(routes, w.route.uris) {
+		w.route = newServiceRoute(routes)
+	}
+	u.ServiceRoute, u.ServiceHosts, u.RouteRow = w.route.uris, w.route.hosts, w.route.row
+	w.findNextHop(u.Index, u.Gen)
+}
+
+// serviceRoute is a Service-Route as UE contexts keep it. Most UEs of a core have the same, so they share the last one seen;
+// nobody changes it.
+type serviceRoute struct {
+	uris, hosts []string
+	row         string
+}
+
+func newServiceRoute(routes []string) serviceRoute {
+	r := serviceRoute{uris: routes, row: "Route: <" + strings.Join(routes, ">, <") + ">\r\n"}
+	for _, s := range routes {
+		if uri, err := sipmsg.ParseURI([]byte(s)); err == nil {
+			r.hosts = append(r.hosts, string(uri.Host))
 		}
 	}
-	w.findNextHop(u.Index, u.Gen)
+	return r
 }
 
 // assertIdentities prepares the P-Asserted-Identity rows of a UE.

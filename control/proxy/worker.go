@@ -105,7 +105,8 @@ type Worker struct {
 	text []byte // scratch for header values
 	addr []byte // scratch for an address in text
 
-	mwPort uint16 // our own Mw port
+	mwPort uint16       // our own Mw port
+	route  serviceRoute // the last one learnt
 
 	txs               map[txKey]*regTx
 	newest            map[string]*regTx // newest REGISTER transaction by IMPI and address
