@@ -74,7 +74,7 @@ func (h *thief) attack(t *testing.T) {
 		victim.inject(t, genuine)
 		h.inject(t, genuine) // from another address than that of its SA
 	}
-	for n := range len(genuine) {
+	for n := range genuine {
 		victim.inject(t, genuine[:n])
 	}
 	for n := range 64 {
@@ -129,7 +129,7 @@ func (h *thief) attack(t *testing.T) {
 		}
 		h.inject(t, b)
 		h.inject(t, b) // and again
-		for n := range len(b) {
+		for n := range b {
 			h.inject(t, b[:n])
 		}
 	}
