@@ -163,7 +163,7 @@ var (
 
 // collectRegEvents is the part of Collect for subscriptions.
 func (w *workerCollector) collectRegEvents(
-	counter func(*prometheus.Desc, uint64, ...string), gauge func(*prometheus.Desc, int64, string),
+	counter func(*prometheus.Desc, uint64, ...string), gauge func(*prometheus.Desc, int64, ...string),
 ) {
 	for s := range subscriptionEnd {
 		if n := w.sumLevel(func(c *Counters) *level { return &c.reg.subscriptions[s] }); s != 0 || n != 0 {
