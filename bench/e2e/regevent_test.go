@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -211,4 +212,44 @@ func TestCoreWithoutRegEvent(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestDeregistrationAfterCrash: the subscriptions of a daemon that was killed are gone, the registrations are not. The core
+// ends one right after the start, when nobody has subscribed again yet, and one later.
+func TestDeregistrationAfterCrash(t *testing.T) {
+	f := start(t, fixtureConfig{daemon: lab.DaemonOptions{StorePath: filepath.Join(t.TempDir(), "store.db")}})
+	ctx := timed(t)
+	_, early := f.lone(ctx, t)
+	_, late := f.lone(ctx, t)
+	time.Sleep(time.Second) // so that the store has it
+	if err := f.daemon.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	d, err := f.lab.StartDaemon(ctx, binary(t), f.config, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.daemon = d
+	if got := f.metric(ctx, t, "ues", `state="registered"`); got != 2 {
+		t.Fatalf("%g registrations have survived", got)
+	}
+	if err := f.core.Deregister(early, "deactivated"); err != nil {
+		t.Fatal(err)
+	}
+	f.wantSubscribed(ctx, t, 1)
+	deregistered := func(n float64) {
+		t.Helper()
+		if !eventually(ctx, 6*time.Second, func() bool {
+			return f.metric(ctx, t, "network_deregistrations_total") == n
+		}) {
+			f.logMetrics(t)
+			t.Fatalf("%g registrations ended by the core, want %g", f.metric(ctx, t, "network_deregistrations_total"), n)
+		}
+	}
+	deregistered(1)
+	if err := f.core.Deregister(late, "deactivated"); err != nil {
+		t.Fatal(err)
+	}
+	deregistered(2)
+	f.wantNoSets(ctx, t)
 }

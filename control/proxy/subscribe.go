@@ -92,6 +92,7 @@ func (w *Worker) startSubscriptions() {
 	s.cfg = regevent.DefaultConfig(rand.Float64)
 	s.cfg.Expires = w.cfg.RegEvent.Expires
 	s.epoch = w.eg.Now()
+	s.turn = rand.Uint64() >> 1 // the token key outlives the process; no Call-ID or branch may come a second time
 	if s.uri = w.cfg.RegEvent.URI; s.uri == "" {
 		s.uri = "sip:" + w.ownHost()
 	}

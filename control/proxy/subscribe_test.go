@@ -787,10 +787,17 @@ func TestSubscribeAfterRestart(t *testing.T) {
 	k.restart(t, 10*time.Second, false)
 	k.l.out = nil
 	k.advance(3 * time.Second)
+	before := k.l.out[0].msg
+	k.restart(t, 10*time.Second, false)
+	k.l.out = nil
+	k.advance(3 * time.Second)
 	if len(k.l.out) == 0 || !strings.HasPrefix(k.l.out[0].msg, "SUBSCRIBE "+sipID) {
 		t.Fatalf("sent %v", k.l.out)
 	}
 	n := &notifier{r: k.rig, subscribe: k.l.out[0].msg}
+	if branch(t, n.subscribe) == branch(t, before) || get(t, n.subscribe, sipmsg.CallID) == get(t, before, sipmsg.CallID) {
+		t.Error("taken for a retransmission of a SUBSCRIBE before the restart")
+	}
 	if got, _ := strconv.Atoi(get(t, n.subscribe, sipmsg.Expires)); got < 600000 || got > 600600 {
 		t.Errorf("subscribed for %d s", got)
 	}
