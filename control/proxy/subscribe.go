@@ -2,6 +2,8 @@ package proxy
 
 import (
 	"bytes"
+	cryptorand "crypto/rand"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
 	"strconv"
@@ -92,7 +94,10 @@ func (w *Worker) startSubscriptions() {
 	s.cfg = regevent.DefaultConfig(rand.Float64)
 	s.cfg.Expires = w.cfg.RegEvent.Expires
 	s.epoch = w.eg.Now()
-	s.turn = rand.Uint64() >> 1 // the token key outlives the process; no Call-ID or branch may come a second time
+	// The token key outlives the process: no Call-ID or branch may come a second time.
+	var first [8]byte
+	_, _ = cryptorand.Read(first[:]) // never fails
+	s.turn = binary.BigEndian.Uint64(first[:]) >> 1
 	if s.uri = w.cfg.RegEvent.URI; s.uri == "" {
 		s.uri = "sip:" + w.ownHost()
 	}
