@@ -60,6 +60,8 @@ func (f *fixture) mt(ctx context.Context, t *testing.T, impu string, ended bool)
 
 // TestNetworkDeregistration: the core ends a registration (R5.52). The phone gets its NOTIFY over the SA and answers it,
 // nothing new gets through in either direction, and the SAs go.
+//
+// Peers: B3.15
 func TestNetworkDeregistration(t *testing.T) {
 	for _, tt := range []struct {
 		name  string

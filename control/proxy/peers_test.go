@@ -81,7 +81,7 @@ var kamailio = []peerRow{
 	{"A1.32", "an IPv6 address is the same however it is spelled", TestIPv6, "bench/e2e:TestLife"},
 	{"A1.33", "UDP-enc-tun is refused by name instead of being taken for transport mode", peerTunnelModes, ""},
 	{"A1.34", "a slow backend or core holds up nobody else", peerNobodyWaits, "dataplane/xfrm:TestBatch"},
-	{"A1.35", "what happens is counted, and each phone can be looked at", TestInspect, "control/observe:TestCountersAreAddedUp, bench/e2e:TestOperator"},
+	{"A1.35", "what goes wrong is counted, and each phone can be looked at", peerCounted, "control/observe:TestCountersAreAddedUp, bench/e2e:TestOperator"},
 
 	// A2: TCP over ESP.
 	{"A2.01", "a protected REGISTER over TCP has its answer on the same connection", peerRegisterOverTCP, "bench/e2e:TestLife"},
@@ -124,7 +124,7 @@ var kamailio = []peerRow{
 	{"A4.10", "a phone without Security-Client is told what is missing", peerOffersWithoutIPsec, ""},
 	{"A4.11a", "CK and IK never reach the phone", peerKeysStripped, ""},
 	{"A4.11b", "a core that sends no keys is named as the cause", TestChallengeWithoutKeys, ""},
-	{"A4.12", "wrong keys show as ESP that fails its check, a wrong SIM as 403", TestAuthenticationFails, "dataplane/esptun:TestInboundDrops, bench/e2e:TestESPAttacks"},
+	{"A4.12", "wrong keys show as ESP that fails its check, a wrong SIM as 403", peerCounted, "dataplane/esptun:TestInboundDrops, bench/e2e:TestESPAttacks"},
 	{"A4.13a", "a phone behind a NAT is told apart by its Via, and told why", peerBehindNAT, ""},
 	{"A4.13b", "missing privileges and a kernel without ESP are found at the start", nil, "dataplane/xfrm:TestProbe, dataplane/xfrm:TestNewWithoutESP"},
 	{"A4.14", "sec-agree does not reach the trunk", peerAgreementStaysHere, ""},
@@ -216,12 +216,12 @@ var opensips = []peerRow{
 	{"B3.12", "Path is ours", peerPathAndNetwork, ""},
 	{"B3.13", "P-Visited-Network-ID is ours", peerPathAndNetwork, ""},
 	{"B3.14", "a phone cannot get round its Service-Route", peerServiceRoute, ""},
-	{"B3.15", "registration state by SUBSCRIBE and NOTIFY", nil, "control/regevent:TestLife, control/reginfo:TestTracker"},
+	{"B3.15", "the core ends a registration by NOTIFY", TestDeregisteredByCore, "control/regevent:TestLife, bench/e2e:TestNetworkDeregistration"},
 	{"B3.16", "emergency registrations", peerEmergency, ""},
 	{"B3.18", "AKAv2 and the other digests", peerOddChallenges, ""},
 	{"B3.19", "an offer of tls alone is told what we can", peerOffersWithoutIPsec, ""},
 	{"B3.20", "after a reboot sequence numbers go ahead of what the phone has seen", nil, "control/survive:TestReinstalled, control/sa:TestCounters, dataplane/xfrm:TestGuestReboot, dataplane/esptun:TestRestart, dataplane/useresp:TestRestart"},
-	{"B3.21", "counters", nil, "control/observe:TestCountersAreAddedUp"},
+	{"B3.21", "counters", peerCounted, "control/observe:TestCountersAreAddedUp"},
 
 	// B4: AKA, as far as a front end sees it.
 	{"B4.01", "a core that thinks holds up one phone only", peerNobodyWaits, ""},
@@ -276,7 +276,7 @@ var reports = []peerRow{
 	{"C2.11", "a phone that takes no TCP", peerFallsBackToUDP, "bench/e2e:TestHandsets/no TCP listener"},
 	{"C2.12", "a phone without Security-Client gets 421", peerOffersWithoutIPsec, "bench/e2e:TestStrangerRegister"},
 	{"C2.13", "NAT is seen and named", peerBehindNAT, ""},
-	{"C2.14", "silence after the 401 has a counter, and each phone can be looked at", TestInspect, "dataplane/esptun:TestReasons, bench/e2e:TestESPAttacks"},
+	{"C2.14", "silence after the 401 has a counter, and each phone can be looked at", peerCounted, "dataplane/esptun:TestReasons, bench/e2e:TestESPAttacks"},
 	{"C2.15", "IPv6 is no exception", TestIPv6, "bench/e2e:TestSuites"},
 	{"C2.16", "UDP and TCP over one set", peerBothTransports, "dataplane/xfrm:TestTrafficTCP"},
 	{"C2.17", "Security-Verify exact, 421 in clear, nothing of it at the core, one set", peerVerifyEveryParameter, ""},

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/sa/satest"
 	"github.com/gmgate/gmgate/dataplane/sipmsg"
 )
 
@@ -429,5 +431,62 @@ func peerViaForCore(t *testing.T) {
 	}
 	if vias != 2 || !strings.Contains(up.msg, "Via: SIP/2.0/UDP 10.45.0.8:6300;branch=z9hG4bKm1") {
 		t.Errorf("the phone's Via at the core:\n%s", up.msg)
+	}
+}
+
+// Whatever goes wrong between phone and core has a counter of its own, so that nobody has to guess from silence.
+func peerCounted(t *testing.T) {
+	for name, c := range map[string]struct {
+		metric, labels string
+		provoke        func(r *rig, p *phone)
+	}{
+		"no Security-Client": {"sip_rejected_total", "reason=no_security_client", func(r *rig, p *phone) {
+			r.deliver(p.clear(), p.register("x", 5060, "Security-Client:"))
+		}},
+		"no common algorithm": {"sip_rejected_total", "reason=no_common_algorithm", func(r *rig, p *phone) {
+			r.deliver(p.clear(), p.register("x", 5060, offer("ipsec-3gpp;alg=hmac-sha-256")))
+		}},
+		"no keys in the challenge": {"sip_rejected_total", "reason=challenge_without_keys", func(r *rig, p *phone) {
+			req := r.one(p.clear(), p.register("x", 5060))
+			r.deliver(coreFlow(), answerTo(t, req.msg, "401 Unauthorized", `WWW-Authenticate: Digest realm="r",nonce="n"`))
+		}},
+		"kernel refuses": {"sip_rejected_total", "reason=install_failed", func(r *rig, p *phone) {
+			r.backend.Fail = func(sa.Params) error { return satest.ErrExists }
+			req := r.one(p.clear(), p.register("x", 5060))
+			r.deliver(coreFlow(), answerTo(t, req.msg, "401 Unauthorized", challenge))
+		}},
+		"phone never comes back": {"reg_await_auth_expired_total", "", func(r *rig, p *phone) {
+			r.challenge(p, p.clear(), 5060)
+			r.advance(5 * time.Minute)
+		}},
+		"other Security-Verify": {"sip_rejected_total", "reason=verify_mismatch", func(r *rig, p *phone) {
+			r.challenge(p, p.clear(), 5060)
+			p.authorization = p.proof()
+			r.deliver(p.protectedFlow, p.register("x", 6300))
+		}},
+		"wrong SIM": {"registrations_total", "kind=initial,result=failure", func(r *rig, p *phone) {
+			r.challenge(p, p.clear(), 5060)
+			p.authorization = p.proof()
+			req := r.one(p.protectedFlow, p.register("x", 6300, "Security-Verify: "+p.server))
+			r.deliver(coreFlow(), answerTo(t, req.msg, "403 Forbidden"))
+		}},
+		"in clear": {"sip_rejected_total", "reason=unprotected_request", func(r *rig, p *phone) {
+			r.deliver(p.clear(), p.says())
+		}},
+		"without an SA": {"sip_drops_total", "reason=no_sa", func(r *rig, p *phone) {
+			f := p.clear()
+			f.Local, f.Side = netip.AddrPortFrom(gmAddr, 6100), ims.GmProtected
+			r.deliver(f, p.says())
+		}},
+		"core is silent": {"sip_rejected_total", "reason=core_timeout", func(r *rig, p *phone) {
+			r.deliver(p.clear(), p.register("x", 5060))
+			r.advance(time.Minute)
+		}},
+	} {
+		r := newRig(t)
+		c.provoke(r, phoneAt("10.45.0.7", 1))
+		if got := r.metric(c.metric, c.labels); got != 1 {
+			t.Errorf("%s: %s{%s} is %v, want 1", name, c.metric, c.labels, got)
+		}
 	}
 }
