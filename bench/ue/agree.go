@@ -79,12 +79,20 @@ func (u *UE) Sets() []SetInfo {
 // DropOldSets closes every set but the current one.
 func (u *UE) DropOldSets() {
 	u.mu.Lock()
+	reg := u.reg
+	u.mu.Unlock()
+	if reg != nil {
+		u.dropBut(reg.set)
+	}
+}
+
+// dropBut closes every set that is not among those to keep.
+func (u *UE) dropBut(keep ...*saSet) {
+	u.mu.Lock()
 	var old []*saSet
-	if u.reg != nil {
-		for _, s := range u.sets {
-			if s != u.reg.set {
-				old = append(old, s)
-			}
+	for _, s := range u.sets {
+		if !slices.Contains(keep, s) {
+			old = append(old, s)
 		}
 	}
 	u.mu.Unlock()
@@ -107,7 +115,10 @@ func (u *UE) newOffer() (*offer, error) {
 	}
 	o := &offer{portS: u.server.port}
 	u.mu.Unlock()
-	o.spiC, o.spiS = freeSPI(used), freeSPI(used)
+	o.spiC = freeSPI(used)
+	if o.spiS = o.spiC + 1; !u.cfg.Quirks.AdjacentSPIs || o.spiS < ims.MinSPI || used[o.spiS] {
+		o.spiS = freeSPI(used)
+	}
 	if first {
 		o.portC = u.cfg.PortUC
 	}

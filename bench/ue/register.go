@@ -268,7 +268,15 @@ func (u *UE) offerAndSend(ctx context.Context, r *attempt) (answer, error) {
 		}
 	}
 	r.contact = u.contact(r.clear.local.Port())
-	m.Set("Contact", contactValue(r.contact, u.instance()))
+	if u.cfg.Quirks.RegisterStyle != nil {
+		r.cseq--
+		m = u.buildRegister(r, r.contact, nil, false)
+		if r.contact, err = contactOf(m); err != nil {
+			return answer{}, err
+		}
+	} else {
+		m.Set("Contact", contactValue(r.contact, u.instance()))
+	}
 	got, err := u.exchangeClear(ctx, m, r.clear, r.kind)
 	return answer{msg: got}, err
 }
@@ -282,7 +290,12 @@ func (u *UE) overSet(ctx context.Context, r *attempt, set *saSet, kind string, v
 		port = u.cfg.Quirks.ContactPort
 	}
 	r.contact = u.contact(port)
-	in, err := u.transact(ctx, set, u.buildRegister(r, r.contact, verify, true), kind)
+	m := u.buildRegister(r, r.contact, verify, true)
+	var err error
+	if r.contact, err = contactOf(m); err != nil {
+		return answer{}, err
+	}
+	in, err := u.transact(ctx, set, m, kind)
 	if err != nil {
 		return answer{}, err
 	}
@@ -292,6 +305,15 @@ func (u *UE) overSet(ctx context.Context, r *attempt, set *saSet, kind string, v
 func (u *UE) contact(port uint16) string {
 	user, _, _ := strings.Cut(u.cfg.Identity.IMPI, "@")
 	return "sip:" + user + "@" + sipwire.Host(u.cfg.Addr) + ":" + strconv.Itoa(int(port))
+}
+
+// contactOf returns the URI in the Contact of a REGISTER.
+func contactOf(m *sipwire.Message) (string, error) {
+	a, err := sipwire.ParseAddr(m.Get("Contact"))
+	if err != nil {
+		return "", fmt.Errorf("read own Contact: %w", err)
+	}
+	return a.URI, nil
 }
 
 // instance is the phone's IMEI as a URN, made from the digits of the IMPI.
@@ -321,6 +343,9 @@ func (u *UE) buildRegister(r *attempt, contact string, verify []string, protecte
 	q := u.cfg.Quirks
 	r.cseq++
 	id := u.cfg.Identity
+	if q.RegisterStyle != nil {
+		return u.styledRegister(r, contact, verify, protected)
+	}
 	m := &sipwire.Message{Method: "REGISTER", URI: "sip:" + id.Domain}
 	m.Add("Max-Forwards", "70")
 	m.Add("From", "<"+id.IMPU+">;tag="+r.tag)
@@ -350,6 +375,21 @@ func (u *UE) buildRegister(r *attempt, contact string, verify []string, protecte
 		m.Add(h[0], h[1])
 	}
 	return m
+}
+
+// styledRegister prints a REGISTER in the layout of another make of phone.
+func (u *UE) styledRegister(r *attempt, contact string, verify []string, protected bool) *sipwire.Message {
+	v := layoutValues{
+		id: u.cfg.Identity, offer: r.offer, callID: r.callID, tag: r.tag, addr: sipwire.Host(u.cfg.Addr), cseq: r.cseq,
+		expires: r.expires, nonce: r.creds.nonce,
+	}
+	if uri, err := sipwire.ParseURI(contact); err == nil {
+		v.contactPort = uri.Port
+	}
+	// What follows the response is the same for every phone: its values are given by the challenge.
+	_, rest, _ := strings.Cut(r.creds.authorization(v.id, u.cfg.Quirks), `response="`)
+	v.response, v.extra, _ = strings.Cut(rest, `"`)
+	return u.cfg.Quirks.RegisterStyle.dress(&v, verify, protected)
 }
 
 // take reads the AKA challenge of a 401 (RFC 3310 §3.2).
@@ -498,7 +538,9 @@ func (u *UE) accepted(r *attempt, a answer, res Result) (Result, error) {
 	u.reg = reg
 	u.mu.Unlock()
 	if previous != nil && previous.set != set {
+		// TS 33.203 §7.4: the set before stays for a while, whatever is older goes at once.
 		old := previous.set
+		u.dropBut(old, set)
 		u.after(u.farm.cfg.OldSetLinger, func() { u.dropSet(old) })
 	}
 	for _, s := range u.Sets() {

@@ -166,6 +166,7 @@ type CallOptions struct {
 	Update    bool          // one UPDATE before the end
 	RemoteBye bool          // the called side hangs up
 	Hold      time.Duration // between answer and end
+	Until     chan struct{} // if set, the call lasts until it is closed
 	BodySize  int           // pad the session description to this size; beyond the UDP limit it goes by TCP
 }
 
@@ -404,6 +405,16 @@ func (c *caller) talk(ctx context.Context, tx *clientTx, in *inbound) error {
 	}
 	if err := u.pause(ctx, c.o.Hold, c.d.done); err != nil {
 		return err
+	}
+	if c.o.Until != nil {
+		select {
+		case <-c.o.Until:
+		case <-c.d.done:
+		case <-u.ctx.Done():
+			return ErrClosed
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
 	reg, err := u.registered() // a re-registration may have changed the set meanwhile
 	if err != nil {

@@ -62,6 +62,9 @@ func (tx *clientTx) launch(kind string) error {
 		return ErrClosed
 	}
 	u.txs[txKey(tx.branch, tx.method)] = tx
+	if tx.method != "INVITE" {
+		u.stats.Requests++
+	}
 	u.sweep()
 	u.mu.Unlock()
 	tx.interval = u.farm.cfg.T1
@@ -123,6 +126,9 @@ func (tx *clientTx) prepare(ctx context.Context, m *sipwire.Message) error {
 	tx.b = m.Bytes()
 	tx.tr = u.cfg.Transport
 	if t := u.cfg.Quirks.SM7Transport; t != 0 {
+		tx.tr = t
+	}
+	if t, ok := u.cfg.Quirks.Transports[m.Method]; ok {
 		tx.tr = t
 	}
 	if len(tx.b) > sipwire.UDPLimit && !u.cfg.Quirks.LargeUDP {
@@ -222,6 +228,11 @@ func (tx *clientTx) next(ctx context.Context) (*inbound, error) {
 			return in, nil
 		case <-tx.again.C:
 			_ = tx.send() // a full socket buffer is a lost packet
+			if tx.method != "INVITE" {
+				u.mu.Lock()
+				u.stats.Retransmitted++
+				u.mu.Unlock()
+			}
 			tx.interval *= 2
 			if tx.method != "INVITE" {
 				tx.interval = min(tx.interval, t2Factor*u.farm.cfg.T1)
@@ -277,6 +288,9 @@ func (u *UE) response(in *inbound) {
 	}
 	u.mu.Lock()
 	tx := u.txs[txKey(v.Branch(), in.msg.CSeqMethod())]
+	if in.msg.Status >= 200 && in.msg.CSeqMethod() != "INVITE" {
+		u.stats.Finals++
+	}
 	var again func()
 	if tx != nil && in.msg.Status >= 200 {
 		again = tx.ack

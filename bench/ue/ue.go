@@ -61,6 +61,18 @@ type Quirks struct {
 	NoTCPListener      bool          // nothing listens on TCP port-us
 	ContactPort        uint16        // port in Contact instead of port-us
 	ExtraHeaders       [][2]string   // more header rows in every initial request, for example forged identities
+	// Transports says by method what goes by another transport than the rest inside an SA.
+	Transports    map[string]ims.Transport
+	AdjacentSPIs  bool    // spi-s is spi-c plus one
+	RegisterStyle *Layout // how a REGISTER is written; default: the phone's own way
+}
+
+// Stats counts what a UE sent and received inside its SAs, INVITE and ACK left out: they have rules of their own for
+// repetitions.
+type Stats struct {
+	Requests      int // without repetitions
+	Retransmitted int
+	Finals        int // final answers, each repetition counted
 }
 
 // Incoming is a request that arrived at a UE, or in Stray anything.
@@ -152,6 +164,7 @@ type UE struct {
 	changed  chan struct{} // closed and replaced whenever something was received
 	problems []string
 	raw      map[string]*rawSocket
+	stats    Stats
 }
 
 // registration is what a UE remembers while it is registered. It is replaced as a whole, never changed in place.
@@ -233,6 +246,9 @@ func (f *Farm) NewUE(cfg Config) (*UE, error) {
 	}
 	if cfg.Transport == 0 {
 		cfg.Transport = ims.UDP
+	}
+	if style := cfg.Quirks.RegisterStyle; style != nil {
+		cfg.Offers = style.Offers()
 	}
 	if len(cfg.Offers) == 0 {
 		cfg.Offers = ims.Suites()
@@ -359,6 +375,13 @@ func (u *UE) Stray() []Incoming {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return slices.Clone(u.stray)
+}
+
+// Stats returns the counters.
+func (u *UE) Stats() Stats {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.stats
 }
 
 // WaitReceived waits until n requests of a method have arrived and returns them.
