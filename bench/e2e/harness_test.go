@@ -37,7 +37,7 @@ const (
 	oldSet          = 2 * time.Second
 	regAwaitAuth    = 5 * time.Second
 	registerTimeout = 2 * time.Second
-	drainLimit      = oldSet + regAwaitAuth + 3*time.Second // until the last SA set must be gone
+	drainMargin     = 3 * time.Second
 	poll            = 20 * time.Millisecond
 )
 
@@ -112,6 +112,8 @@ type fixtureConfig struct {
 	register time.Duration  // mw.register_timeout, default registerTimeout
 	coreAddr netip.AddrPort // default: as the lab plans it
 	subs     int            // subscribers, default 32
+	oldSet   time.Duration  // timers.old_set, default oldSet
+	log      int            // messages that the core keeps, default its own
 }
 
 // fixture is a running network.
@@ -124,7 +126,8 @@ type fixture struct {
 	capture  *lab.Capture
 	subs     []core.Subscriber
 	ipv6     bool
-	config   string // of the daemon
+	config   string        // of the daemon
+	drain    time.Duration // until the last SA set must be gone
 
 	mu   sync.Mutex
 	next int
@@ -176,7 +179,7 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 	}
 	f.core, err = core.Start(core.Config{
 		NS: f.lab.Core, Addr: cfg.coreAddr, Domain: domain, Subscribers: f.subs,
-		Behaviour: cfg.core, Logger: logger,
+		Behaviour: cfg.core, Logger: logger, LogSize: cfg.log,
 	})
 	check(err)
 	t.Cleanup(func() {
@@ -187,7 +190,11 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 	f.capture, err = f.lab.Capture(cfg.capture)
 	check(err)
 	d := cfg.daemon
-	d.Backend, d.OldSet, d.RegAwaitAuth = backend(), oldSet, regAwaitAuth
+	if cfg.oldSet == 0 {
+		cfg.oldSet = oldSet
+	}
+	d.Backend, d.OldSet, d.RegAwaitAuth = backend(), cfg.oldSet, regAwaitAuth
+	f.drain = cfg.oldSet + regAwaitAuth + drainMargin
 	if cfg.register == 0 {
 		cfg.register = registerTimeout
 	}
@@ -319,7 +326,11 @@ func (f *fixture) take(t *testing.T) int {
 
 func (f *fixture) ueConfig(t *testing.T) ue.Config {
 	t.Helper()
-	i := f.take(t)
+	return f.configOf(f.take(t))
+}
+
+// configOf describes the phone of subscriber i.
+func (f *fixture) configOf(i int) ue.Config {
 	s := f.subs[i]
 	return ue.Config{
 		Identity:  ue.Identity{IMPI: s.IMPI, Domain: s.Domain, K: s.K, OPc: s.OPc},
@@ -369,7 +380,7 @@ func (f *fixture) wantNoSets(ctx context.Context, t *testing.T) {
 	t.Helper()
 	var sets, sas float64
 	states := 0
-	if !eventually(ctx, drainLimit, func() bool {
+	if !eventually(ctx, f.drain, func() bool {
 		sets, sas = f.metric(ctx, t, "sa_sets"), f.metric(ctx, t, "esp_sas")
 		if backend() == "xfrm" {
 			states = f.xfrm(t, "state")

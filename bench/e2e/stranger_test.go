@@ -200,7 +200,7 @@ func TestStrangerRegister(t *testing.T) {
 
 	t.Run("retransmissions make one set (T17)", func(t *testing.T) {
 		ctx := timed(t)
-		if !eventually(ctx, drainLimit, func() bool { return f.metric(ctx, t, "sa_sets") == 0 }) {
+		if !eventually(ctx, f.drain, func() bool { return f.metric(ctx, t, "sa_sets") == 0 }) {
 			t.Fatal("sets of the cases before are still there")
 		}
 		f.core.SetBehaviour(core.Behaviour{AnswerDelay: 200 * time.Millisecond})
