@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,6 +29,9 @@ type end struct {
 	u     *ue.UE
 	uri   string
 	index int // of the subscriber
+
+	wrong, mute atomic.Bool  // answers challenges wrongly, or not at all
+	byHand      atomic.Int64 // requests that the phone did not send by itself
 
 	quiet bool // starts nothing of its own; guarded by flow.mu
 }
@@ -70,6 +74,7 @@ type loop struct {
 type flow struct {
 	f    *fixture
 	ctx  context.Context
+	name string // begins the bodies of its messages
 	halt chan struct{}
 	wg   sync.WaitGroup
 
@@ -80,6 +85,9 @@ type flow struct {
 	failed  error // of the first operation that failed
 	loops   []*loop
 }
+
+// flows counts the flows of the process.
+var flows atomic.Int64
 
 // phone registers a new phone for flows.
 func (f *fixture) phone(ctx context.Context, t *testing.T, change ...func(*ue.Config)) *end {
@@ -103,13 +111,25 @@ func (f *fixture) endOf(t *testing.T, i int, cfg ue.Config) *end {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = u.Close() })
-	return &end{u: u, uri: f.subs[i].IMPU[0], index: i}
+	e := &end{u: u, uri: f.subs[i].IMPU[0], index: i}
+	wrong := edit("register-auth", wrongResponse)
+	u.Tweak = func(kind string, b []byte) []byte {
+		switch {
+		case kind != "register-auth":
+		case e.mute.Load():
+			return nil
+		case e.wrong.Load():
+			return wrong(kind, b)
+		}
+		return b
+	}
+	return e
 }
 
 // flow starts traffic among phones: each sends messages to the next one and calls it, and gets messages from the network.
 func (f *fixture) flow(ctx context.Context, t *testing.T, ends ...*end) *flow {
 	t.Helper()
-	w := &flow{f: f, ctx: ctx, halt: make(chan struct{}), changed: make(chan struct{}), running: make(map[*op]struct{})}
+	w := &flow{f: f, ctx: ctx, name: "flow" + strconv.FormatInt(flows.Add(1), 10), halt: make(chan struct{}), changed: make(chan struct{}), running: make(map[*op]struct{})}
 	for i, e := range ends {
 		next := ends[(i+1)%len(ends)]
 		if next != e {
@@ -178,7 +198,7 @@ func (w *flow) begin(o *op) *op {
 	defer w.mu.Unlock()
 	n := len(w.ops)
 	if o.serial = n; !o.call {
-		o.body = "no" + strconv.Itoa(n) + " "
+		o.body = w.name + "." + strconv.Itoa(n) + " "
 		if n%4 == 0 { // RFC 3261 §18.1.1: by TCP, whatever the phone prefers
 			o.body += strings.Repeat("x", 1500)
 		}
@@ -416,7 +436,7 @@ func (w *flow) finish(t *testing.T, ends ...*end) {
 	}
 	for _, e := range ends {
 		checkPhones(t, e.u)
-		if s := e.u.Stats(); s.Finals > s.Requests+s.Retransmitted {
+		if s := e.u.Stats(); s.Finals > s.Requests+s.Retransmitted+int(e.byHand.Load()) {
 			t.Errorf("%s sent %d requests and repeated %d of them, but got %d final answers", e.uri, s.Requests, s.Retransmitted, s.Finals)
 		}
 	}

@@ -213,10 +213,10 @@ func (u *UE) checkRequest(in *inbound, v sipwire.Via) []string {
 		}
 	}
 	u.mu.Lock()
-	reg := u.reg
+	reg, former := u.reg, u.former
 	u.mu.Unlock()
 	if reg != nil {
-		bad(m.URI == reg.contact, "Request-URI %s, the contact is %s", m.URI, reg.contact)
+		bad(m.URI == reg.contact || m.URI == former, "Request-URI %s, the contact is %s", m.URI, reg.contact)
 	}
 	if m.HasToken("Privacy", "id") || strings.Contains(strings.ToLower(m.Get("Privacy")), "id") {
 		bad(!m.Has("P-Asserted-Identity"), "P-Asserted-Identity in spite of Privacy: id")

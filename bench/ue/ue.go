@@ -151,6 +151,7 @@ type UE struct {
 	closed   bool
 	sqn      uint64
 	reg      *registration // nil when not registered
+	former   string        // contact before the last registration from scratch: requests on their way may still name it
 	server   *serverPort
 	sets     []*saSet
 	gen      int
@@ -335,6 +336,9 @@ func (u *UE) after(d time.Duration, f func()) {
 func (u *UE) dropAll() {
 	u.mu.Lock()
 	sets, server := u.sets, u.server
+	if u.reg != nil {
+		u.former = u.reg.contact
+	}
 	u.sets, u.server, u.reg = nil, nil, nil
 	u.mu.Unlock()
 	for _, s := range sets {
