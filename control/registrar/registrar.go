@@ -248,6 +248,8 @@ type Table struct {
 	byIMPI  map[string][]*UE
 	byTuple map[tuple]*Set
 	byAddr  map[netip.Addr][]*Set
+	// leaving are dead sets whose SAs are still in the backend for resetGrace.
+	leaving map[netip.Addr][]*Set
 	// unconfirmed counts the sets of initial registrations that nobody has proved to be entitled to, by source.
 	unconfirmed map[netip.Prefix]int
 	pending     int    // their sum
@@ -263,6 +265,7 @@ func New(cfg Config, worker int, spis *sa.SPIPool, w *wheel.Wheel, now func() ti
 		cfg: cfg, worker: worker, wheel: w, now: now, installer: inst, post: post, obs: obs, spis: spis,
 		ues: make([]*UE, 1), gens: make([]uint16, 1),
 		byKey: make(map[ueKey]*UE), byIMPI: make(map[string][]*UE), byTuple: make(map[tuple]*Set), byAddr: make(map[netip.Addr][]*Set),
+		leaving:     make(map[netip.Addr][]*Set),
 		unconfirmed: make(map[netip.Prefix]int),
 	}
 }
@@ -468,6 +471,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 			Keys:  keys, Hard: t.cfg.AwaitAuth + hardMargin,
 		},
 	}
+	t.makeRoom(s)
 	u.Sets = append(u.Sets, s)
 	t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
 	t.byAddr[o.UE] = append(t.byAddr[o.UE], s)
@@ -784,9 +788,33 @@ func (t *Table) remove(s *Set) {
 	case phase != sa.Temporary && connected:
 		// The resets of its connections still have to get out over it. Temporary sets do not wait, since the UE may
 		// offer the same SPIs again at once.
-		t.wheel.Schedule(&s.timer, resetGrace, func() { t.uninstall(s) })
+		t.leaving[s.Params.UE] = append(t.leaving[s.Params.UE], s)
+		t.wheel.Schedule(&s.timer, resetGrace, func() { t.left(s) })
 	default:
 		t.uninstall(s)
+	}
+}
+
+// left takes the SAs of a set that was leaving out of the backend.
+func (t *Table) left(s *Set) {
+	t.wheel.Stop(&s.timer)
+	if rest := slices.DeleteFunc(t.leaving[s.Params.UE], func(o *Set) bool { return o == s }); len(rest) > 0 {
+		t.leaving[s.Params.UE] = rest
+	} else {
+		delete(t.leaving, s.Params.UE)
+	}
+	t.uninstall(s)
+}
+
+// makeRoom has those leaving sets leave at once whose SPIs or selectors a new set takes over: the backend can hold them
+// only once. A UE that starts over soon after its last registration may well offer the same ports and SPIs again.
+func (t *Table) makeRoom(s *Set) {
+	for _, o := range slices.Clone(t.leaving[s.Params.UE]) {
+		spis := o.SPIs.UC == s.SPIs.UC || o.SPIs.US == s.SPIs.US || o.SPIs.UC == s.SPIs.US || o.SPIs.US == s.SPIs.UC
+		a, b := o.tupleA(), o.tupleB()
+		if spis || a == s.tupleA() || a == s.tupleB() || b == s.tupleA() || b == s.tupleB() {
+			t.left(o)
+		}
 	}
 }
 

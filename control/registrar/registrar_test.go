@@ -379,6 +379,33 @@ func TestReboot(t *testing.T) {
 	}
 }
 
+// R6.15 three times in a row: the SAs of the first set wait for the resets of its connections when the third one wants its
+// ports and SPIs.
+func TestRebootAgain(t *testing.T) {
+	b := newBench(t)
+	s1 := b.begin(offer(0))
+	b.table.Confirm(s1, time.Hour)
+	s1.ConnIn = 1
+	s2 := b.begin(offer(1))
+	b.table.Confirm(s2, time.Hour)
+	b.backend.Answer()
+	if s1.Phase != sa.Dead || b.backend.Count() != 8 {
+		t.Fatalf("first set %v, %d SAs: its resets cannot get out", s1.Phase, b.backend.Count())
+	}
+	s3 := b.begin(offer(0))
+	if s3.Ports.UC != s1.Ports.UC || b.backend.Count() != 8 {
+		t.Errorf("ports %+v after %+v, %d SAs", s3.Ports, s1.Ports, b.backend.Count())
+	}
+	b.table.Confirm(s3, time.Hour)
+	b.advance(time.Second)
+	if b.backend.Count() != 4 || len(b.table.leaving) != 0 {
+		t.Errorf("%d SAs, %d addresses with leaving sets", b.backend.Count(), len(b.table.leaving))
+	}
+	b.table.Deregister(s3.UE, 0)
+	b.advance(time.Second)
+	b.empty()
+}
+
 // R1.7, E6: what another phone has is not taken.
 //
 // Peers: B3.01b
