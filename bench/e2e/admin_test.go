@@ -104,7 +104,7 @@ func TestOperator(t *testing.T) {
 			}
 		}
 	}
-	if !eventually(ctx, drainLimit, func() bool { return f.metric(ctx, t, "esp_sas") == 4*(phones-1) }) {
+	if !eventually(ctx, f.drain, func() bool { return f.metric(ctx, t, "esp_sas") == 4*(phones-1) }) {
 		t.Errorf("%g SAs are left, want those of %d phones", f.metric(ctx, t, "esp_sas"), phones-1)
 	}
 	if list, err = f.operate(ctx, t, "list"); err != nil || len(list) != phones-1 {

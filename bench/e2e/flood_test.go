@@ -128,7 +128,7 @@ func TestFloodEndToEnd(t *testing.T) {
 
 	var after state
 	var heap float64
-	if !eventually(ctx, drainLimit, func() bool { after, heap = look(); return after == settled }) {
+	if !eventually(ctx, f.drain, func() bool { after, heap = look(); return after == settled }) {
 		t.Errorf("after the flood: %+v, want %+v", after, settled)
 	}
 	t.Logf("heap: %.1f MiB before, %.1f MiB after", heapBefore/(1<<20), heap/(1<<20))

@@ -73,7 +73,7 @@ func ParseLayout(text string) (*Layout, error) {
 		if err != nil {
 			return nil, fmt.Errorf("parse layout: %s: %w", r.name, err)
 		}
-		if r.name == "Security-Client" {
+		if strings.EqualFold(r.name, "Security-Client") {
 			client = append(client, v)
 		}
 	}
@@ -94,6 +94,17 @@ func ParseLayout(text string) (*Layout, error) {
 
 // Offers returns what the Security-Client of the layout offers, in its order.
 func (l *Layout) Offers() []ims.Suite { return slices.Clone(l.offers) }
+
+// Names returns the header names in the order in which a REGISTER in clear has them.
+func (l *Layout) Names() []string {
+	var out []string
+	for _, r := range l.rows {
+		if r.only != '+' && r.value != "{security-verify}" {
+			out = append(out, r.name)
+		}
+	}
+	return out
+}
 
 // layoutValues is what the names in braces stand for in one REGISTER.
 type layoutValues struct {
@@ -165,7 +176,7 @@ func (v *layoutValues) lookup(name string) (string, bool) {
 		return number(uint32(o.portC))
 	case "port-s":
 		return number(uint32(o.portS))
-	case "spi-c2": // the highest bit turned: surely none of the phone's own
+	case "spi-c2": // the highest bit turned, and not below 256
 		return number(uint32(o.spiC) ^ 1<<31 | 1<<16)
 	case "spi-s2":
 		return number(uint32(o.spiS) ^ 1<<31 | 1<<16)

@@ -352,6 +352,20 @@ func (u *UE) dropAll() {
 // Reboot forgets the registration without telling the network; the next Register starts over in clear.
 func (u *UE) Reboot() { u.dropAll() }
 
+// CloseConnections ends every protected TCP connection, as phones do when the radio goes idle. The SA sets stay.
+func (u *UE) CloseConnections() {
+	u.mu.Lock()
+	var open []*stream
+	for _, s := range u.sets {
+		open = append(open, s.streams...)
+	}
+	u.mu.Unlock()
+	for _, s := range open {
+		_ = s.conn.Close()
+		<-s.gone
+	}
+}
+
 // Problems returns what was wrong with everything received so far, including what made operations fail.
 func (u *UE) Problems() []string {
 	u.mu.Lock()
