@@ -30,8 +30,9 @@ type end struct {
 	uri   string
 	index int // of the subscriber
 
-	wrong, mute atomic.Bool  // answers challenges wrongly, or not at all
-	byHand      atomic.Int64 // requests that the phone did not send by itself
+	wrong, mute atomic.Bool   // answers challenges wrongly, or not at all
+	muted       chan struct{} // gets a value for each challenge that was not answered
+	byHand      atomic.Int64  // requests that the phone did not send by itself
 
 	quiet bool // starts nothing of its own; guarded by flow.mu
 }
@@ -111,12 +112,13 @@ func (f *fixture) endOf(t *testing.T, i int, cfg ue.Config) *end {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = u.Close() })
-	e := &end{u: u, uri: f.subs[i].IMPU[0], index: i}
+	e := &end{u: u, uri: f.subs[i].IMPU[0], index: i, muted: make(chan struct{}, 8)}
 	wrong := edit("register-auth", wrongResponse)
 	u.Tweak = func(kind string, b []byte) []byte {
 		switch {
 		case kind != "register-auth":
 		case e.mute.Load():
+			e.muted <- struct{}{}
 			return nil
 		case e.wrong.Load():
 			return wrong(kind, b)
@@ -144,6 +146,9 @@ func (f *fixture) flow(ctx context.Context, t *testing.T, ends ...*end) *flow {
 
 // run repeats do until the flow is stopped.
 func (w *flow) run(l *loop, pause time.Duration, do func() *op) {
+	if slowMachine() {
+		pause *= 8
+	}
 	w.mu.Lock()
 	w.loops = append(w.loops, l)
 	w.mu.Unlock()

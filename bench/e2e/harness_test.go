@@ -28,6 +28,7 @@ const (
 	envBackend = "GMGATE_E2E_BACKEND"
 	envUE      = "GMGATE_E2E_UE"
 	envRequire = "REQUIRE_KERNEL_TESTS"
+	envSlow    = "GMGATE_E2E_SLOW"
 )
 
 // Bounds of the tests. All timers of the daemon are shortened, see fixtureConfig.
@@ -47,6 +48,10 @@ func setting(name, fallback string) string {
 	}
 	return fallback
 }
+
+// slowMachine says that the processor is emulated: tests with traffic do with less of it, and timers that real time runs
+// against are longer. No case is left out.
+func slowMachine() bool { return os.Getenv(envSlow) == "1" }
 
 func backend() string { return setting(envBackend, "userspace") }
 
@@ -113,6 +118,7 @@ type fixtureConfig struct {
 	coreAddr netip.AddrPort // default: as the lab plans it
 	subs     int            // subscribers, default 32
 	oldSet   time.Duration  // timers.old_set, default oldSet
+	await    time.Duration  // timers.reg_await_auth, default regAwaitAuth
 	log      int            // messages that the core keeps, default its own
 }
 
@@ -127,6 +133,7 @@ type fixture struct {
 	subs     []core.Subscriber
 	ipv6     bool
 	config   string        // of the daemon
+	await    time.Duration // timers.reg_await_auth
 	drain    time.Duration // until the last SA set must be gone
 
 	mu   sync.Mutex
@@ -193,8 +200,11 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 	if cfg.oldSet == 0 {
 		cfg.oldSet = oldSet
 	}
-	d.Backend, d.OldSet, d.RegAwaitAuth = backend(), cfg.oldSet, regAwaitAuth
-	f.drain = cfg.oldSet + regAwaitAuth + drainMargin
+	if cfg.await == 0 {
+		cfg.await = regAwaitAuth
+	}
+	d.Backend, d.OldSet, d.RegAwaitAuth = backend(), cfg.oldSet, cfg.await
+	f.await, f.drain = cfg.await, cfg.oldSet+cfg.await+drainMargin
 	if cfg.register == 0 {
 		cfg.register = registerTimeout
 	}
