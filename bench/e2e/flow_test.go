@@ -76,8 +76,10 @@ type flow struct {
 	f    *fixture
 	ctx  context.Context
 	name string // begins the bodies of its messages
-	halt chan struct{}
-	wg   sync.WaitGroup
+
+	small bool
+	halt  chan struct{}
+	wg    sync.WaitGroup
 
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced whenever an operation ends or a phone falls silent or speaks again
@@ -131,7 +133,31 @@ func (f *fixture) endOf(t *testing.T, i int, cfg ue.Config) *end {
 // flow starts traffic among phones: each sends messages to the next one and calls it, and gets messages from the network.
 func (f *fixture) flow(ctx context.Context, t *testing.T, ends ...*end) *flow {
 	t.Helper()
-	w := &flow{f: f, ctx: ctx, name: "flow" + strconv.FormatInt(flows.Add(1), 10), halt: make(chan struct{}), changed: make(chan struct{}), running: make(map[*op]struct{})}
+	w := f.newFlow(ctx, t)
+	w.among(ends...)
+	return w
+}
+
+// smallFlow is a flow in which everything fits into a datagram, so that SIP itself repeats what was lost.
+func (f *fixture) smallFlow(ctx context.Context, t *testing.T, ends ...*end) *flow {
+	t.Helper()
+	w := f.newFlow(ctx, t)
+	w.small = true
+	w.among(ends...)
+	return w
+}
+
+func (f *fixture) newFlow(ctx context.Context, t *testing.T) *flow {
+	t.Helper()
+	w := &flow{
+		f: f, ctx: ctx, name: "flow" + strconv.FormatInt(flows.Add(1), 10), halt: make(chan struct{}), changed: make(chan struct{}), running: make(map[*op]struct{}),
+	}
+	t.Cleanup(w.stop)
+	return w
+}
+
+// among starts the loops.
+func (w *flow) among(ends ...*end) {
 	for i, e := range ends {
 		next := ends[(i+1)%len(ends)]
 		if next != e {
@@ -140,8 +166,6 @@ func (f *fixture) flow(ctx context.Context, t *testing.T, ends ...*end) *flow {
 		}
 		w.run(&loop{}, messagePause, func() *op { return w.message(nil, e) })
 	}
-	t.Cleanup(w.stop)
-	return w
 }
 
 // run repeats do until the flow is stopped.
@@ -204,7 +228,7 @@ func (w *flow) begin(o *op) *op {
 	n := len(w.ops)
 	if o.serial = n; !o.call {
 		o.body = w.name + "." + strconv.Itoa(n) + " "
-		if n%4 == 0 { // RFC 3261 §18.1.1: by TCP, whatever the phone prefers
+		if n%4 == 0 && !w.small { // RFC 3261 §18.1.1: by TCP, whatever the phone prefers
 			o.body += strings.Repeat("x", 1500)
 		}
 	}
@@ -253,7 +277,7 @@ func (w *flow) message(from, to *end) *op {
 func (w *flow) call(from, to *end) *op {
 	o := w.begin(&op{call: true, from: from, to: to})
 	c := ue.CallOptions{PRACK: true, RemoteBye: o.callee}
-	if o.serial%3 == 0 {
+	if o.serial%3 == 0 && !w.small {
 		c.BodySize = largeBody
 	}
 	res, err := from.u.Call(w.ctx, to.uri, c)

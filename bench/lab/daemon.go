@@ -29,6 +29,10 @@ const (
 
 // Daemon is a gmgate process inside the gm namespace.
 type Daemon struct {
+	lab    *Lab
+	binary string
+	config string
+
 	cmd  *exec.Cmd
 	dir  string
 	http *http.Client
@@ -48,6 +52,7 @@ func (l *Lab) StartDaemon(ctx context.Context, binary, configYAML string, stderr
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}
 	d := &Daemon{
+		lab: l, binary: binary, config: configYAML,
 		dir:  dir,
 		log:  &logKeeper{tee: stderr},
 		done: make(chan struct{}),
@@ -173,6 +178,17 @@ func (d *Daemon) Kill() error {
 	_ = d.cmd.Process.Kill()
 	<-d.done
 	return d.clean(nil)
+}
+
+// Restart waits for the end of the daemon, which somebody else has to bring about, and starts it again with the same
+// program, configuration and destination of its output.
+func (d *Daemon) Restart(ctx context.Context) (*Daemon, error) {
+	select {
+	case <-d.done:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("restart daemon: it has not ended: %w", context.Cause(ctx))
+	}
+	return d.lab.StartDaemon(ctx, d.binary, d.config, d.log.tee)
 }
 
 func (d *Daemon) clean(err error) error {

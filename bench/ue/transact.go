@@ -24,7 +24,6 @@ type clientTx struct {
 	branch   string
 	via      sipwire.Via
 	tr       ims.Transport
-	stream   *stream
 	to       netip.AddrPort
 	b        []byte
 	msg      *sipwire.Message // as sent
@@ -35,8 +34,10 @@ type clientTx struct {
 	early    bool // a provisional answer has arrived
 
 	// Guarded by UE.mu.
-	ack  func() // sends the ACK again
-	done time.Time
+	stream *stream
+	resent bool   // on another connection, because the first one was lost
+	ack    func() // sends the ACK again
+	done   time.Time
 }
 
 func txKey(branch, method string) string { return branch + "|" + method }
@@ -209,11 +210,19 @@ func (tx *clientTx) send() error {
 	return err
 }
 
-// next waits for the next answer and sends the request again meanwhile (RFC 3261 §17.1.1 and §17.1.2).
+// next waits for the next answer and sends the request again meanwhile (RFC 3261 §17.1.1 and §17.1.2). Over TCP it does
+// so once, on a new connection, when the first one ends before there is an answer: what was on its way then is lost.
 func (tx *clientTx) next(ctx context.Context) (*inbound, error) {
 	u := tx.u
+	var lost <-chan struct{}
+	if tx.tr == ims.TCP && !tx.resent && !(tx.early && tx.method == "INVITE") {
+		lost = tx.stream.gone
+	}
 	for {
 		select {
+		case <-lost:
+			lost = nil
+			tx.again.Reset(u.farm.cfg.T1) // the answer may still come, on a connection of the P-CSCF
 		case in := <-tx.answers:
 			if !tx.early && in.msg.Status < 200 {
 				tx.early = true
@@ -227,6 +236,12 @@ func (tx *clientTx) next(ctx context.Context) (*inbound, error) {
 			}
 			return in, nil
 		case <-tx.again.C:
+			if tx.tr == ims.TCP {
+				if err := tx.reconnect(ctx); err != nil {
+					return nil, fmt.Errorf("%s: %w", tx.method, err)
+				}
+				continue
+			}
 			_ = tx.send() // a full socket buffer is a lost packet
 			if tx.method != "INVITE" {
 				u.mu.Lock()
@@ -249,6 +264,21 @@ func (tx *clientTx) next(ctx context.Context) (*inbound, error) {
 			return nil, fmt.Errorf("%s: no answer: %w", tx.method, context.Cause(ctx))
 		}
 	}
+}
+
+// reconnect sends a request again over a new connection.
+func (tx *clientTx) reconnect(ctx context.Context) error {
+	s, err := tx.u.ownStream(ctx, tx.set)
+	if err != nil {
+		return err
+	}
+	tx.u.mu.Lock()
+	tx.stream, tx.resent = s, true
+	if tx.method != "INVITE" {
+		tx.u.stats.Retransmitted++
+	}
+	tx.u.mu.Unlock()
+	return tx.send()
 }
 
 // end closes the transaction; with keepACK its ACK is repeated for late answers.
@@ -350,11 +380,14 @@ func (u *UE) checkAnswer(in *inbound, tx *clientTx) []string {
 	if v, err := m.TopVia(); err == nil && (v.Host != tx.via.Host || v.Port != tx.via.Port || v.Transport != tx.via.Transport) {
 		f = append(f, fmt.Sprintf("Via came back as %s", v))
 	}
+	u.mu.Lock()
+	stream, resent := tx.stream, tx.resent
+	u.mu.Unlock()
 	// TS 33.203 §7.1: UDP to port-us from port-pc, TCP on the connection of the request.
 	switch {
-	case tx.tr == ims.TCP && in.tr == ims.UDP && !tx.stream.isGone():
+	case tx.tr == ims.TCP && in.tr == ims.UDP && !stream.isGone():
 		f = append(f, "answer by UDP to a request by TCP")
-	case tx.tr == ims.TCP && in.tr == ims.TCP && in.stream != tx.stream && !tx.stream.isGone():
+	case tx.tr == ims.TCP && in.tr == ims.TCP && in.stream != stream && !stream.isGone() && !resent:
 		f = append(f, "answer on another connection than the request's")
 	case tx.tr == ims.UDP && in.tr == ims.TCP:
 		f = append(f, "answer by TCP to a request by UDP")
