@@ -14,8 +14,10 @@ import (
 	"github.com/gmgate/gmgate/control/ims"
 )
 
-// TestHabits registers phones with one habit of real ones each, and has them talk in both directions.
-func TestHabits(t *testing.T) {
+// TestHandsets registers phones with one habit of real ones each, and has them talk in both directions.
+//
+// Peers: A4.07, A4.17e, C2.11
+func TestHandsets(t *testing.T) {
 	f := start(t, fixtureConfig{core: handsetCore})
 	null := []ims.Suite{{Alg: ims.AlgHMACSHA1, Enc: ims.EncNull}, {Alg: ims.AlgHMACMD5, Enc: ims.EncNull}}
 	tests := []struct {
@@ -126,11 +128,9 @@ var handsets = map[string]struct {
 	"aosp":     {sha1AES, func(c *ue.Config) { c.Quirks.AdjacentSPIs, c.PortUC, c.PortUS = true, 31400, 31401 }, false},
 }
 
-// TestHandsets registers each make of phone with its own REGISTER, word for word, and lives through what it does
+// TestHandsetGoldens registers each make of phone with its own REGISTER, word for word, and lives through what it does
 // afterwards; then it is switched off without a word, and comes back.
-//
-// Peers: A4.07, A4.17e, C2.11
-func TestHandsets(t *testing.T) {
+func TestHandsetGoldens(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join("testdata", "handsets", "*.sip"))
 	if err != nil || len(files) != len(handsets) {
 		t.Fatalf("%d files for %d handsets: %v", len(files), len(handsets), err)
