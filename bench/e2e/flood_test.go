@@ -18,6 +18,8 @@ import (
 // phones talk to each other. Every one of their messages is answered, the limits hold at every look, and in the end SAs and
 // SPIs are those of the phones alone. Of the heap, 32 MiB are left to the answers that are kept for retransmissions, to the
 // room of maps and to what the collector has not looked at yet; the flood kept whole would take three times as much.
+//
+// Peers: A1.04a
 func TestFloodEndToEnd(t *testing.T) {
 	const (
 		sources, phones    = 100, 10

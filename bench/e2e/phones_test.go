@@ -137,6 +137,8 @@ func (h *thief) attack(t *testing.T) {
 
 // TestHostilePhones has a phone, registered or not, do over the network what it can against others. It can harm only
 // itself: each case ends with the others talking in both directions, and with somebody new who gets in.
+//
+// Peers: A1.26
 func TestHostilePhones(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "hostile.pcap")
 	f := start(t, fixtureConfig{capture: file, clear: strangerRules(400, 403, 503), subs: 64})

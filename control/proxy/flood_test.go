@@ -200,6 +200,8 @@ const floodOver = 4*time.Minute + 32*time.Second + finalKept + answerGrace
 // hold at every moment, and when it is over nothing is left of it but the room that maps keep for the next one. The
 // tolerance for that is 4 MiB, about half of it in the fake backend: 20 octets for each REGISTER, so that none of them can
 // have left an object. A further flood of a quarter of the size finds that room and may add 1 MiB.
+//
+// Peers: A1.04a
 func TestFlood(t *testing.T) {
 	const tolerance, growth = 4 << 20, 1 << 20
 	registers := 200_000

@@ -648,5 +648,8 @@ func peerEmergency(t *testing.T) {
 	if status(t, ok.msg) != 200 || !strings.Contains(req.msg, `integrity-protected="yes"`) {
 		t.Errorf("answer:\n%s", ok.msg)
 	}
-	r.served(p)
+	if up := r.one(p.protectedFlow, p.says()); up.remote.Addr() == ueAddr {
+		t.Errorf("a request of the phone is refused:\n%s", up.msg)
+	}
+	p.downlink(t, r.one(coreFlow(), mtInvite(get(t, req.msg, sipmsg.Path), ""))) // the call back
 }

@@ -36,6 +36,8 @@ func (r *rig) want(code int, f ims.Flow, msg string) {
 
 // TestHostilePhones has a phone, registered or not, do what it can against others. It can harm only itself: each case ends
 // with the others calling and being called, renewing their registration, and with somebody new who gets in.
+//
+// Peers: A1.26
 func TestHostilePhones(t *testing.T) {
 	offer := func(spiC, spiS, portC, portS uint32) string {
 		return fmt.Sprintf("Security-Client: ipsec-3gpp;alg=hmac-sha-1-96;ealg=aes-cbc;spi-c=%d;spi-s=%d;port-c=%d;port-s=%d",
