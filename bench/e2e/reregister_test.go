@@ -52,6 +52,8 @@ func byTCP(c *ue.Config) { c.Transport = ims.TCP }
 // TestReregisterUnderLoad has phones talk to each other without pause while each of them re-authenticates again and
 // again, so that old, current and temporary SA sets coexist: every request reaches the other side once and is answered
 // once (TS 33.203 §7.4).
+//
+// Peers: A1.12
 func TestReregisterUnderLoad(t *testing.T) {
 	rounds := 5
 	if slowMachine() {
@@ -172,6 +174,8 @@ type scene struct {
 
 // TestReregistration covers the rules of TS 33.203 §7.4 and TS 24.229 §5.2.2 about re-registrations one by one, each with
 // traffic before, during and after: what happens to one phone costs none of them a single request.
+//
+// Peers: B3.03
 func TestReregistration(t *testing.T) {
 	ways := []struct {
 		name  string
