@@ -78,7 +78,7 @@ func plusOne(v string) string {
 // TestAgreementViolations covers what SM7 may not say (TS 33.203 §7.3.2.3, RFC 3329 §2.3.1): it is refused inside the
 // temporary set, the core never sees it, the set goes, and the phone can register afterwards (T1, T2).
 //
-// Peers: A1.26, A3.01, A4.04a, A4.04b, B4.03
+// Peers: A3.01, A4.04a, A4.04b, B4.03
 func TestAgreementViolations(t *testing.T) {
 	f := start(t, fixtureConfig{clear: strangerRules()})
 	tests := []struct {
@@ -593,7 +593,7 @@ func (f *fixture) protectedNS() *hostnet.NS {
 // TestConnectionGone closes the connection of a request before its answer (T14): the answer comes over a connection
 // that the P-CSCF opens from port-pc to port-us, inside the same set.
 //
-// Peers: A1.31a, A2.03, C1.02
+// Peers: A1.31a, A2.03, C1.02, C2.11
 func TestConnectionGone(t *testing.T) {
 	f := start(t, fixtureConfig{})
 	ctx := timed(t)
@@ -674,8 +674,6 @@ func TestCoreGone(t *testing.T) {
 
 // TestDaemonCrash kills the daemon and starts it again: phones that register anew are served, whatever the crash left
 // behind in the kernel.
-//
-// Peers: D1.03
 func TestDaemonCrash(t *testing.T) {
 	f := start(t, fixtureConfig{})
 	ctx := timed(t)

@@ -177,6 +177,8 @@ func (f *fixture) toNetwork(ctx context.Context, t *testing.T, ends []*end) {
 
 // TestRestart ends the daemon while phones talk, in three ways, and starts it again: their registrations go on without a
 // word from them, in both directions, and what the busiest of them had under way is answered once.
+//
+// Peers: A1.22a, A4.04c, B1.23
 func TestRestart(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		for _, how := range []struct {
@@ -345,6 +347,8 @@ func TestRestartExpired(t *testing.T) {
 
 // TestRestartOrphans: what is ours in the kernel and belongs to no registration goes at the start; what is of others is
 // not touched, at the start or at the end.
+//
+// Peers: A1.22b, D1.03
 func TestRestartOrphans(t *testing.T) {
 	f := start(t, stored(t, fixtureConfig{}))
 	ctx := longer(t)
@@ -417,6 +421,8 @@ func TestRestartOrphans(t *testing.T) {
 
 // TestRestartWithoutStore: nothing survives that could not, and phones register anew; so they do when the store is damaged
 // or its key lost, which the daemon says.
+//
+// Peers: D1.03
 func TestRestartWithoutStore(t *testing.T) {
 	for _, tt := range []struct {
 		name string

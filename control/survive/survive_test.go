@@ -185,7 +185,7 @@ func TestReinstalled(t *testing.T) {
 
 // Each set for itself: some SAs are gone, some are left over, some sets have ended or cannot go on.
 //
-// Peers: A1.22b, B1.23, D1.03
+// Peers: A1.22b, B1.23
 func TestMixed(t *testing.T) {
 	w := newWorld(t, 8)
 	over, orphan := w.sets[2], storetest.Set(99)
