@@ -409,13 +409,17 @@ func (s *life) callAgain(ctx context.Context) error {
 func (s *life) deregister(ctx context.Context) error {
 	s.c.section("De-registration by the network (TS 24.229 §5.2.5.2)")
 	p := s.hero()
-	ok := s.tell(ctx, "the core ends it", "NOTIFY to gmgate: contact terminated (RFC 3680 §5.2)",
+	ok := s.tell(ctx, "gmgate watches", "subscribed to the state of both, anew after the crash (TS 24.229 §5.2.3)",
 		func(ctx context.Context) error {
-			if err := s.core.Deregister(p.sub.IMPU[0], "deactivated"); err != nil {
-				return err
-			}
-			return s.until(ctx, func(u admin.UE) bool { return u.State == "deregistered" })
+			return s.metric(ctx, "reg_subscriptions", len(s.phones), `state="active"`)
 		}) &&
+		s.tell(ctx, "the core ends it", "NOTIFY to gmgate: contact terminated (RFC 3680 §5.2)",
+			func(ctx context.Context) error {
+				if err := s.core.Deregister(p.sub.IMPU[0], "rejected"); err != nil {
+					return err
+				}
+				return s.until(ctx, func(u admin.UE) bool { return u.State == "deregistered" })
+			}) &&
 		s.sets(ctx, "its set is ending", func(now admin.UE) error {
 			if len(now.Sets) != 1 || now.Sets[0].Role != admin.RoleEnding {
 				return fmt.Errorf("%s, want one that is ending", summary(now.Sets))
@@ -448,6 +452,29 @@ func (s *life) deregister(ctx context.Context) error {
 			return s.waitSets(ctx, 0)
 		})
 	return stopped(ok)
+}
+
+// metric waits for a metric of gmgate to have a value.
+func (s *life) metric(ctx context.Context, name string, want int, labels ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, demoDrain)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		m, err := s.daemon.Metrics(ctx)
+		if err != nil {
+			return err
+		}
+		got := lab.Sum(m, "gmgate_"+name, labels...)
+		if int(got) == want {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s%v is %g after %s, want %d", name, labels, got, demoDrain, want)
+		case <-tick.C:
+		}
+	}
 }
 
 // until waits for gmgate to see the phone in a state.
