@@ -187,6 +187,7 @@ var (
 	verifyDesc        = desc("security_verify_mismatch_total", "Security-Verify headers that differ from our Security-Server.")
 	awaitAuthDesc     = desc("reg_await_auth_expired_total", "Challenges that no protected REGISTER answered in time.")
 	setsDesc          = desc("sa_sets", "SA sets by phase.", "phase")
+	associationsDesc  = desc("address_associations", "Phones registered in clear, without SAs.")
 	uesDesc           = desc("ues", "UE contexts by registration state.", "state")
 )
 
@@ -199,6 +200,7 @@ var (
 func (w *workerCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		messagesDesc, rejectedDesc, droppedDesc, registrationsDesc, suitesDesc, verifyDesc, awaitAuthDesc, setsDesc, uesDesc,
+		associationsDesc,
 	} {
 		ch <- d
 	}
@@ -239,9 +241,10 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 	counter(verifyDesc, w.sum(func(c *Counters) *count { return &c.verify }))
 	counter(awaitAuthDesc, w.sum(func(c *Counters) *count { return &c.awaitAuth }))
 
-	gauge := func(d *prometheus.Desc, v int64, label string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), label)
+	gauge := func(d *prometheus.Desc, v int64, label ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), label...)
 	}
+	gauge(associationsDesc, w.sumLevel(func(c *Counters) *level { return &c.associations }))
 	for p := range phaseEnd {
 		if n := w.sumLevel(func(c *Counters) *level { return &c.sets[p] }); p != 0 || n != 0 {
 			gauge(setsDesc, n, name(p))

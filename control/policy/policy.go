@@ -135,6 +135,13 @@ func (r *Rules) Match(q Request) *Settings {
 // Clear reports whether any phone at all may register in clear.
 func (r *Rules) Clear() bool { return r.clear }
 
+// Offers reports whether any phone at all may get an algorithm pair.
+func (r *Rules) Offers(s ims.Suite) bool {
+	return slices.Contains(r.fallback.Suites, s) || slices.ContainsFunc(r.rules, func(rule Rule) bool {
+		return slices.Contains(rule.Suites, s)
+	})
+}
+
 func lower(s string) string { return strings.ToLower(s[:min(len(s), longest)]) }
 
 func fits(pattern, text string) bool { return pattern == "" || glob(pattern, text) }

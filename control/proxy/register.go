@@ -3,7 +3,6 @@ package proxy
 import (
 	"encoding/hex"
 	"errors"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"github.com/gmgate/gmgate/control/aka"
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/policy"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/control/secagree"
@@ -48,6 +48,14 @@ type regTx struct {
 	outbound           bool   // Contact has reg-id: one of several flows (RFC 5626)
 	dereg              bool   // asks for de-registration
 	response           bool   // carried a challenge response
+	authorization      bool   // carried Authorization
+	realm              string // of Authorization
+	emergency          bool   // Contact has sos: the emergency registration, which stands beside the normal one
+
+	policy     *policy.Settings
+	clear      bool // passes without a security agreement
+	associated bool // and came from the address association of its identity
+	foreign    bool // over the set of the emergency registration, or an emergency one over another set
 
 	offer  *secagree.Offer // chosen mechanism; nil without Security-Client
 	client secagree.List
@@ -69,7 +77,10 @@ type regTx struct {
 	queue        *pendingQueue
 }
 
-func newestKey(impi string, a netip.Addr) string { return a.String() + " " + impi }
+// keyOf names the UE context that a REGISTER is for.
+func (w *Worker) keyOf(tx *regTx) registrar.Key {
+	return registrar.Key{IMPI: tx.impi, Addr: tx.flow.Remote.Addr(), Emergency: tx.emergency, Clear: tx.clear}
+}
 
 // register handles a REGISTER: in clear (s is nil) or over a set.
 func (w *Worker) register(f ims.Flow, s *registrar.Set) {
@@ -109,7 +120,7 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 	if s == nil {
 		w.enqueuePending(tx)
 	}
-	nk := newestKey(tx.impi, f.Remote.Addr())
+	nk := w.keyOf(tx)
 	if old := w.newest[nk]; old != nil && old.final == nil {
 		old.replaced = true
 	}
@@ -117,6 +128,10 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 	w.wheel.Schedule(&tx.timeout, w.cfg.RegisterTimeout, func() { w.registerTimeout(tx) })
 	if s != nil { // reg-await-auth has done its part, the phone has answered
 		w.table.Hold(s, w.cfg.RegisterTimeout+answerGrace)
+	}
+	if tx.clear {
+		w.unlessProtected(tx, func() { w.sendRegister(tx) })
+		return
 	}
 	w.sendRegister(tx)
 }
@@ -187,6 +202,19 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 	if err := w.readContact(tx); err != nil {
 		return refuse(400, "Bad Request", "Contact: "+err.Error(), observe.ReasonMalformed)
 	}
+	if tx.emergency && w.cfg.NoEmergency {
+		return refuse(403, "Forbidden", "Contact: no emergency registrations here", observe.ReasonPolicy)
+	}
+	tx.policy = w.policyFor(tx)
+	if !tx.emergency && !tx.policy.MayRegister(f.Transport, s != nil) {
+		return refuse(403, "Forbidden", "Via: no registrations over "+f.Transport.String(), observe.ReasonPolicy)
+	}
+	if s == nil && tx.policy.IPsec == policy.Forbid {
+		if !w.passThrough(tx, refuse) {
+			return nil
+		}
+		return tx
+	}
 	rows := w.values(sipmsg.SecurityClient)
 	client, err := secagree.Parse(rows...)
 	if err != nil {
@@ -200,40 +228,71 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 	}
 	hasClient := client.IPsecCount() > 0
 	switch {
+	case s == nil && (!hasClient || !w.requires("sec-agree")) && tx.policy.IPsec == policy.Allow:
+		if !w.passThrough(tx, refuse) {
+			return nil
+		}
 	case s == nil && (!hasClient || !w.requires("sec-agree")):
 		why, warning := observe.ReasonNoSecurityClient, "Security-Client: no ipsec-3gpp mechanism"
 		if hasClient {
 			why, warning = observe.ReasonNoSecAgree, "Require: sec-agree is missing"
 		}
 		// RFC 3329 §2.3.1: the client must use the security agreement.
-		return refuse(421, "Extension Required", warning, why, "Require: sec-agree\r\n", w.bareServer())
-	case hasClient && s != nil && s.Phase != sa.Temporary && secagree.Equal(s.Client, client) == nil:
+		return refuse(421, "Extension Required", warning, why, "Require: sec-agree\r\n", bareServer(tx.policy.Suites))
+	case hasClient && s != nil && s.Phase != sa.Temporary && !tx.foreign && secagree.Equal(s.Client, client) == nil:
 		// SM7 again, or a refresh that repeats the agreement in force: nothing new to agree on.
 	case hasClient && (s == nil || s.Phase != sa.Temporary):
 		if !w.choose(tx, refuse) {
 			return nil
 		}
 	case hasClient: // SM7 repeats the offer of SM1; should the core challenge again, it counts again
-		if o, err := secagree.Select(client, w.cfg.Suites); err == nil {
+		if o, err := secagree.Select(client, tx.policy.Suites); err == nil {
 			tx.offer = &o
 		}
 	}
 	return tx
 }
 
+// policyFor matches a REGISTER against the rules.
+func (w *Worker) policyFor(tx *regTx) *policy.Settings {
+	q := policy.Request{
+		Realm: tx.realm, IMPI: tx.impi, UserAgent: string(w.m.Get(sipmsg.UserAgent)), Source: tx.flow.Remote.Addr(),
+	}
+	if q.Realm == "" {
+		q.Realm = domainOf(tx.impu)
+	}
+	return w.rules.Match(q)
+}
+
+// apply notes what the policy says of the traffic of a set.
+func (w *Worker) apply(s *registrar.Set, p *policy.Settings) {
+	s.Requests, s.OwnConnection, s.AnswersToSource = p.Requests, p.OwnConnection, p.AnswersToSource
+}
+
+// full reports whether no further phone may have SA sets. Those that are registered go on renewing theirs, and an emergency
+// registration is not kept out.
+func (w *Worker) full(tx *regTx) bool {
+	return w.cfg.SetsMax > 0 && w.cfg.Fleet != nil && tx.over == nil && !tx.emergency &&
+		w.cfg.Fleet.sets.Load() >= int64(w.cfg.SetsMax)
+}
+
 // choose selects the mechanism and applies the rules on SPIs and ports (TS 33.203 §7.2).
 func (w *Worker) choose(tx *regTx, refuse func(int, string, string, observe.Reason, ...string) *regTx) bool {
-	o, err := secagree.Select(tx.client, w.cfg.Suites)
+	o, err := secagree.Select(tx.client, tx.policy.Suites)
 	switch {
 	case errors.Is(err, secagree.ErrNoCommonAlgorithm):
 		refuse(w.cfg.StatusSuite, statusPhrase(w.cfg.StatusSuite), "Security-Client: "+err.Error(),
-			observe.ReasonNoCommonAlgorithm, w.bareServer())
+			observe.ReasonNoCommonAlgorithm, bareServer(tx.policy.Suites))
 		return false
 	case err != nil:
 		refuse(400, "Bad Request", "Security-Client: "+err.Error(), observe.ReasonBadSecurityClient)
 		return false
 	}
 	tx.offer = &o
+	if w.full(tx) {
+		refuse(503, "Service Unavailable", "no security association left", observe.ReasonTooManySets, retryAfter)
+		return false
+	}
 	err = w.table.Check(w.offerOf(tx))
 	switch {
 	case errors.Is(err, registrar.ErrTooManySets):
@@ -249,8 +308,10 @@ func (w *Worker) offerOf(tx *regTx) *registrar.Offer {
 	o := &registrar.Offer{
 		IMPI: tx.impi, Local: tx.flow.Local.Addr(), UE: tx.flow.Remote.Addr(),
 		SPIC: tx.offer.SPIC, SPIS: tx.offer.SPIS, PortC: tx.offer.PortC, PortS: tx.offer.PortS,
+		Emergency: tx.emergency, ServerPorts: tx.policy.ServerPorts, ClientPorts: tx.policy.ClientPorts,
+		AwaitAuth: tx.policy.AwaitAuth,
 	}
-	if w.overLives(tx) {
+	if w.overLives(tx) && !tx.foreign {
 		o.Over = tx.over
 	}
 	return o
@@ -280,9 +341,11 @@ func (w *Worker) checkProtected(tx *regTx, s *registrar.Set, via *sipmsg.ViaParm
 		return false
 	}
 	if s.Phase != sa.Temporary {
+		tx.foreign = tx.emergency != s.UE.Emergency
 		w.table.Touch(s)
 		return true
 	}
+	tx.emergency = s.UE.Emergency
 	code, phrase := w.cfg.StatusVerify, statusPhrase(w.cfg.StatusVerify)
 	server := "Security-Server: " + s.ServerText + "\r\n"
 	verify, err := secagree.Parse(w.values(sipmsg.SecurityVerify)...)
@@ -363,7 +426,7 @@ func (w *Worker) readAuthorization(tx *regTx) error {
 		if err != nil {
 			return err
 		}
-		tx.impi, tx.response = a.Username, a.Response != ""
+		tx.impi, tx.realm, tx.response, tx.authorization = a.Username, a.Realm, a.Response != "", true
 		if tx.impi == "" {
 			return errors.New("username is missing")
 		}
@@ -400,7 +463,7 @@ func (w *Worker) readContact(tx *regTx) error {
 			}
 			stays := strings.TrimLeft(expires, "0") != "" || expires == ""
 			if n++; n == 1 || stays && all {
-				tx.contact = string(na.URI)
+				tx.contact, tx.emergency = string(na.URI), sos(na.URI)
 				_, tx.outbound = sipmsg.Param(na.Params, "reg-id")
 			}
 			if stays {
@@ -450,9 +513,12 @@ func (w *Worker) buildRegister(tx *regTx, via *sipmsg.ViaParm) bool {
 	w.putForwards(left)
 	w.e.Str("Require: path\r\nPath: <sip:")
 	path := token{kind: tokenPath, worker: uint8(w.id)}
-	if tx.over != nil {
+	switch u := w.table.Context(w.keyOf(tx)); {
+	case tx.clear:
+		path = w.clearToken(w.keyOf(tx))
+	case tx.over != nil && !tx.foreign:
 		path = w.pathToken(tx.over.UE)
-	} else if u := w.table.UEOf(tx.impi, tx.flow.Remote.Addr()); u != nil {
+	case u != nil:
 		path = w.pathToken(u)
 	}
 	w.e.Raw(w.seal.seal(&w.sc, path))
@@ -475,8 +541,12 @@ func (w *Worker) buildRegister(tx *regTx, via *sipmsg.ViaParm) bool {
 // integrity returns the value of integrity-protected (TS 24.229 §7.2A.2): what the UE claims never counts.
 func (w *Worker) integrity(tx *regTx) string {
 	switch {
+	case tx.clear:
+		return w.clearIntegrity(tx)
 	case tx.over == nil:
 		return w.cfg.ClearIntegrity
+	case tx.foreign: // to be authenticated anew, with SAs of its own
+		return "no"
 	case tx.over.Phase == sa.Temporary && !tx.response:
 		return "no"
 	}
@@ -503,12 +573,14 @@ func (w *Worker) registerTimeout(tx *regTx) {
 }
 
 // registerFailed answers a REGISTER with an error of our own. A temporary set that it came over goes.
-func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why observe.Reason) {
+func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why observe.Reason,
+	extra ...string,
+) {
 	if tx.final != nil || w.m.Scan(tx.req) != nil {
 		return
 	}
 	w.obs.Reject(why)
-	w.finishRegister(tx, w.reply(nil, tx.flow, tx.over, code, phrase, warning), code)
+	w.finishRegister(tx, w.reply(nil, tx.flow, tx.over, code, phrase, warning, extra...), code)
 	w.obs.Registration(tx.kind(), false)
 	if tx.over != nil && tx.over.Phase == sa.Temporary {
 		w.table.Drop(tx.over, answerGrace)
@@ -522,8 +594,8 @@ func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 	if tx.over == nil {
 		w.answeredPending(tx)
 	}
-	if w.newest[newestKey(tx.impi, tx.flow.Remote.Addr())] == tx {
-		delete(w.newest, newestKey(tx.impi, tx.flow.Remote.Addr()))
+	if nk := w.keyOf(tx); w.newest[nk] == tx {
+		delete(w.newest, nk)
 	}
 	w.wheel.Schedule(&tx.timeout, finalKept, func() { w.forget(tx) })
 	w.log.Debug("register answered", "code", code, "flow", tx.flow.String(), "call_id", tx.callID)
@@ -535,7 +607,7 @@ func (w *Worker) forget(tx *regTx) {
 	w.wheel.Stop(&tx.timeout)
 	tx.unqueue()
 	delete(w.txs, tx.key)
-	if nk := newestKey(tx.impi, tx.flow.Remote.Addr()); w.newest[nk] == tx {
+	if nk := w.keyOf(tx); w.newest[nk] == tx {
 		delete(w.newest, nk)
 	}
 }
@@ -608,7 +680,8 @@ func (w *Worker) challenged(tx *regTx) {
 	rows := w.values(sipmsg.WWWAuthenticate)
 	cleaned, ch, err := aka.Take(rows)
 	defer func() { ch.CK.Zero(); ch.IK.Zero() }()
-	if err != nil {
+	passes := tx.clear && cleaned != nil // whatever keys were in it are out
+	if err != nil && !passes {
 		w.registerFailed(tx, 500, "Server Internal Error", "WWW-Authenticate: "+err.Error(),
 			observe.ReasonChallengeWithoutKeys)
 		return
@@ -620,6 +693,12 @@ func (w *Worker) challenged(tx *regTx) {
 			w.e.ReplaceString(int(row.ValStart), int(row.ValEnd), cleaned[i])
 			i++
 		}
+	}
+	if passes {
+		if w.finish() {
+			w.finishRegister(tx, append([]byte(nil), w.out...), 401)
+		}
+		return
 	}
 	if tx.replaced {
 		// A newer REGISTER of this UE is under way: the answer goes out, but it makes no SAs.
@@ -642,6 +721,10 @@ func (w *Worker) challenged(tx *regTx) {
 		w.registerFailed(tx, 500, "Server Internal Error", "security association is gone", observe.ReasonUEUnreachable)
 		return
 	}
+	if w.full(tx) {
+		w.registerFailed(tx, 503, "Service Unavailable", "no security association left", observe.ReasonTooManySets, retryAfter)
+		return
+	}
 	keys, err := aka.Expand(tx.offer.Suite, ch.CK, ch.IK)
 	if err != nil {
 		w.registerFailed(tx, 500, "Server Internal Error", "WWW-Authenticate: "+err.Error(),
@@ -660,6 +743,10 @@ func (w *Worker) challenged(tx *regTx) {
 		case errors.Is(err, registrar.ErrTooManySets):
 			why = observe.ReasonTooManySets
 		}
+		if code == 503 {
+			w.registerFailed(tx, code, phrase, err.Error(), why, retryAfter)
+			return
+		}
 		w.registerFailed(tx, code, phrase, err.Error(), why)
 		return
 	}
@@ -667,7 +754,7 @@ func (w *Worker) challenged(tx *regTx) {
 	w.boundPending()
 	server := secagree.Server{
 		SPIC: s.SPIs.PC, SPIS: s.SPIs.PS, PortC: s.Ports.PC, PortS: s.Ports.PS,
-		Suites: secagree.ServerSuites(tx.offer.Suite, w.cfg.Suites, tx.client, w.cfg.ServerList),
+		Suites: secagree.ServerSuites(tx.offer.Suite, tx.policy.Suites, tx.client, w.cfg.ServerList),
 	}
 	s.ServerText = string(server.Append(nil))
 	if s.Server, err = secagree.Parse(s.ServerText); err != nil {
@@ -691,7 +778,7 @@ func (w *Worker) installed(tx *regTx, s *registrar.Set, err error) {
 	if err != nil {
 		w.log.Error("SA set not installed", "error", err, "sa_set", s.ID)
 		w.registerFailed(tx, 500, "Server Internal Error", "security association could not be installed",
-			observe.ReasonInstallFailed)
+			observe.ReasonInstallFailed, retryAfter)
 		return
 	}
 	w.obs.Suite(tx.offer.Suite)
@@ -708,6 +795,10 @@ func (w *Worker) registered(tx *regTx) {
 	}
 	answer := append([]byte(nil), w.out...)
 	kind := tx.kind()
+	if tx.clear {
+		w.registeredClear(tx, answer, expires)
+		return
+	}
 	if s == nil || !s.Live() {
 		// A 200 to a REGISTER in clear would register a UE that nothing protects.
 		if s == nil {
@@ -718,6 +809,10 @@ func (w *Worker) registered(tx *regTx) {
 	}
 	query := tx.contact == "" && !tx.dereg
 	late := !s.UE.Ended.IsZero() && !tx.began.After(s.UE.Ended) // the UE has been de-registered since it asked
+	if tx.foreign {                                             // accepted without the challenge that its own SAs would come from
+		w.finishRegister(tx, answer, 200)
+		return
+	}
 	if (query || late) && s.Phase != sa.Temporary {
 		w.finishRegister(tx, answer, 200)
 		return
@@ -735,13 +830,17 @@ func (w *Worker) registered(tx *regTx) {
 	}
 	if s.Phase == sa.Temporary && s.Over == nil { // the phone has started over
 		s.UE.Bindings = nil
-		if !tx.outbound {
+		if !tx.outbound && !s.UE.Emergency {
 			w.moved(s.UE)
 		}
+	}
+	if s.Phase == sa.Temporary && w.rules.Clear() {
+		w.endClear(s.UE.IMPI)
 	}
 	w.learn(s.UE, tx)
 	s.UE.Expires = w.eg.Now().Add(expires)
 	s.OverTCP = tx.flow.Conn != 0
+	w.apply(s, tx.policy)
 	if s.Phase == sa.Temporary {
 		w.table.Confirm(s, expires+w.cfg.LifetimeExtra)
 	} else {
@@ -771,6 +870,8 @@ func (tx *regTx) kind() observe.RegKind {
 	switch {
 	case tx.dereg:
 		return observe.RegDereg
+	case tx.associated:
+		return observe.RegRefresh
 	case tx.over == nil || tx.over.Phase == sa.Temporary && tx.over.Over == nil:
 		return observe.RegInitial
 	case tx.over.Phase == sa.Temporary:
@@ -919,10 +1020,10 @@ func assertedRow(id string, all []string) string {
 
 // bareServer is the Security-Server row of an answer that has no SA set: our list, without SPIs and ports
 // (RFC 3329 §2.3.1).
-func (w *Worker) bareServer() string {
+func bareServer(suites []ims.Suite) string {
 	var b strings.Builder
 	b.WriteString("Security-Server: ")
-	for i, s := range w.cfg.Suites {
+	for i, s := range suites {
 		if i > 0 {
 			b.WriteString(", ")
 		}
@@ -949,6 +1050,10 @@ func statusPhrase(code int) string {
 		return "Bad Extension"
 	case 421:
 		return "Extension Required"
+	case 430:
+		return "Flow Failed"
+	case 480:
+		return "Temporarily Unavailable"
 	case 488:
 		return "Not Acceptable Here"
 	case 494:
@@ -957,6 +1062,8 @@ func statusPhrase(code int) string {
 		return "Server Internal Error"
 	case 503:
 		return "Service Unavailable"
+	case 504:
+		return "Server Time-out"
 	}
 	return "Refused"
 }
