@@ -112,6 +112,7 @@ type fixtureConfig struct {
 	register time.Duration  // mw.register_timeout, default registerTimeout
 	coreAddr netip.AddrPort // default: as the lab plans it
 	subs     int            // subscribers, default 32
+	digest   int            // the last ones register with SIP digest
 }
 
 // fixture is a running network.
@@ -169,6 +170,9 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 		cfg.subs = 32
 	}
 	f.subs = core.Subscribers(cfg.subs, domain)
+	for i := range cfg.digest {
+		f.subs[cfg.subs-1-i].Password = "secret"
+	}
 	logger := slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	plan := f.lab.Plan()
 	if !cfg.coreAddr.IsValid() {
