@@ -193,8 +193,9 @@ func (w *Worker) sendClear(s *registrar.Set, msg []byte, method sipmsg.Method) {
 		return
 	}
 	w.countOut(ims.GmClear, ims.TCP, method, msg)
-	if s.ConnIn == 0 || w.eg.SendTCP(s.ConnIn, msg) != nil {
+	if s.ConnIn == 0 || w.eg.SendTCP(s.ConnIn, msg) != nil { // it may have closed before the core's 200 came
 		w.obs.Drop(observe.ReasonUEUnreachable)
+		w.table.Dissociate(s)
 	}
 }
 

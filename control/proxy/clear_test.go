@@ -83,6 +83,9 @@ func TestDigestPassesThrough(t *testing.T) {
 	if u == nil || u.State != registrar.Registered || u.Current == nil || len(r.backend.Installed) != 0 {
 		t.Fatalf("context %+v, %d sets installed", u, len(r.backend.Installed))
 	}
+	if i := r.w.info(u); !i.Clear || i.Emergency {
+		t.Errorf("operators see %+v", i)
+	}
 	if want := 600030 * time.Second; u.Current.Deadline.Sub(r.l.now) != want {
 		t.Errorf("life %v", u.Current.Deadline.Sub(r.l.now))
 	}
@@ -191,6 +194,20 @@ func TestDigestOverTCP(t *testing.T) {
 	g.Conn, g.Remote = 6, netip.AddrPortFrom(ueAddr, 40001)
 	if got := get(t, r.digest(p, g, "t2").msg, sipmsg.Path); got != path {
 		t.Errorf("Path changed to %s", got)
+	}
+	// A connection that closes before the 200 leaves an association which the first request to the phone ends.
+	h := f
+	h.Conn, h.Remote = 7, netip.AddrPortFrom(ueAddr, 40002)
+	r.l.conns[7] = true
+	req := r.one(h, p.register("t3", 40002, plain...))
+	r.w.Closed(7, h)
+	delete(r.l.conns, 7)
+	r.deliver(coreFlow(), answerTo(t, req.msg, "200 OK", p.accepted()...))
+	if out := r.deliver(coreFlow(), strings.Replace(mtInvite(path, ""), "z9hG4bKs9", "z9hG4bKt3", 1)); len(out) != 0 {
+		t.Errorf("sent %v", out)
+	}
+	if r.association() != nil || len(r.w.conns) != 0 {
+		t.Errorf("association %v, %d connections", r.association(), len(r.w.conns))
 	}
 }
 
