@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/gmgate/gmgate/bench/internal/sipwire"
 	"github.com/gmgate/gmgate/control/ims"
@@ -62,6 +64,9 @@ func (c *Core) checkRequest(in *incoming) []string {
 	mf := m.Get("Max-Forwards")
 	f.add(mf != "" && (own || mf != "70"), "Max-Forwards %q was not decremented", mf)
 	if own {
+		if m.Method == "SUBSCRIBE" {
+			f.checkSubscribe(c, m)
+		}
 		return f
 	}
 	switch m.Method {
@@ -186,6 +191,52 @@ func (f *findings) checkInitial(c *Core, m *sipwire.Message) {
 			f.add(err == nil && lr, "Record-Route %s cannot be used", row)
 		}
 	}
+}
+
+// checkSubscribe: the P-CSCF's own subscription to the reg event, TS 24.229 §5.2.3, RFC 3680 §4.
+func (f *findings) checkSubscribe(c *Core, m *sipwire.Message) {
+	f.checkChargingVector(m)
+	f.add(eventPackage(m) == "reg", "SUBSCRIBE of the P-CSCF to %q", m.Get("Event"))
+	f.add(m.HasToken("Accept", "application/reginfo+xml"), "Accept is %q", m.Get("Accept"))
+	to, err := sipwire.ParseAddr(m.Get("To"))
+	if err != nil {
+		f.add(false, "%v", err)
+		return
+	}
+	acc := c.owner(to.URI)
+	f.add(acc != nil, "SUBSCRIBE of the P-CSCF for %s, who is unknown", to.URI)
+	expires, err := strconv.ParseUint(m.Get("Expires"), 10, 32)
+	f.add(err == nil, "Expires is %q", m.Get("Expires"))
+	if acc != nil {
+		c.mu.Lock()
+		left := time.Duration(0)
+		if acc.binding != nil {
+			left = time.Until(acc.binding.Expires)
+		}
+		c.mu.Unlock()
+		f.add(sipwire.Key(to.URI) != sipwire.Key(acc.sub.TemporaryIMPU()), "SUBSCRIBE for the temporary identity %s", to.URI)
+		f.add(expires == 0 || time.Duration(expires)*time.Second > left, "subscribed for %d s, the registration lasts %s", expires, left)
+	}
+	if m.Tag("To") == "" {
+		f.add(sipwire.Key(m.URI) == sipwire.Key(to.URI), "Request-URI is %s, To %s", m.URI, to.URI)
+		routes := m.List("Route")
+		f.add(len(routes) == 1 && c.isOrig(routes[0]), "Route is %q, want the Service-Route", routes)
+		f.add(expires > 0, "a new subscription of no length")
+	}
+	from, err := sipwire.ParseAddr(m.Get("From"))
+	asserted := m.List("P-Asserted-Identity")
+	f.add(err == nil && strings.HasPrefix(from.URI, "sip:") && c.owner(from.URI) == nil, "From is %q, want the P-CSCF's SIP URI", m.Get("From"))
+	f.add(len(asserted) == 1 && strings.Contains(asserted[0], from.URI), "P-Asserted-Identity is %q, want the URI of From", asserted)
+	contacts := m.List("Contact")
+	f.add(len(contacts) == 1, "%d Contact in a SUBSCRIBE of the P-CSCF", len(contacts))
+	for _, row := range contacts {
+		a, err := sipwire.ParseAddr(row)
+		if err == nil {
+			_, _, err = c.resolve(a.URI)
+		}
+		f.add(err == nil, "Contact %s cannot be used", row)
+	}
+	f.add(!m.Has("Record-Route"), "Record-Route in a request of the P-CSCF's own")
 }
 
 // checkAsserted: every asserted identity belongs to one registered subscriber and is none of the temporary ones

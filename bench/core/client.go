@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"html"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,6 +23,7 @@ type Request struct {
 	Body        string
 	Headers     [][2]string // more header rows
 	Transport   ims.Transport
+	Ended       bool // to the binding that has been ended last, as if the core's edge had not heard of it yet
 }
 
 // Answer is the final answer to a Request.
@@ -51,6 +54,9 @@ func (c *Core) Send(ctx context.Context, r Request) (Answer, error) {
 	}
 	c.mu.Lock()
 	b := acc.binding
+	if r.Ended {
+		b = acc.ended
+	}
 	c.mu.Unlock()
 	if b == nil {
 		return Answer{}, fmt.Errorf("send to %s: %w", r.IMPU, ErrNotRegistered)
@@ -173,12 +179,16 @@ type subscription struct {
 	routes                []string
 	cseq, version         uint32
 	until                 time.Time
+	pcscf                 bool // the P-CSCF's own
 }
 
 func eventPackage(m *sipwire.Message) string {
 	p, _, _ := strings.Cut(m.Get("Event"), ";")
 	return strings.ToLower(strings.TrimSpace(p))
 }
+
+// own reports whether a request comes from the P-CSCF itself: no Via is beneath its own.
+func own(m *sipwire.Message) bool { return len(m.List("Via")) == 1 }
 
 // subscribe answers a SUBSCRIBE to the reg event and sends the first NOTIFY (RFC 3680, RFC 6665 §4.2).
 func (c *Core) subscribe(in *incoming) {
@@ -195,20 +205,22 @@ func (c *Core) subscribe(in *incoming) {
 		c.answer(in, sipwire.Response(m, 404, sipwire.Token()))
 		return
 	}
+	b := c.Behaviour()
+	if own(m) && b.RefuseSubscribe != 0 {
+		c.answer(in, sipwire.Response(m, b.RefuseSubscribe, sipwire.Token()))
+		return
+	}
 	expires, err := strconv.ParseUint(m.Get("Expires"), 10, 31)
 	if err != nil {
 		expires = maxExpires
 	}
-	tag := sipwire.Token()
-	r := sipwire.Response(m, 200, tag)
+	r := sipwire.Response(m, 200, sipwire.Token())
 	for _, rr := range m.All("Record-Route") {
 		r.Add("Record-Route", rr)
 	}
 	r.Add("Contact", "<sip:"+c.cfg.Addr.String()+">")
 	r.Add("Expires", strconv.FormatUint(expires, 10))
-	c.answer(in, r)
 
-	until := time.Now().Add(time.Duration(expires) * time.Second)
 	c.mu.Lock()
 	var s *subscription
 	for _, w := range acc.watch {
@@ -216,42 +228,63 @@ func (c *Core) subscribe(in *incoming) {
 			s = w
 		}
 	}
+	if s == nil && m.Tag("To") != "" {
+		c.mu.Unlock()
+		c.answer(in, sipwire.Response(m, 481, ""))
+		return
+	}
 	if s == nil {
-		s = &subscription{callID: m.Get("Call-ID"), local: r.Get("To"), remote: m.Get("From"), routes: m.List("Record-Route")}
+		s = &subscription{
+			callID: m.Get("Call-ID"), local: r.Get("To"), remote: m.Get("From"), routes: m.List("Record-Route"), pcscf: own(m),
+		}
 		acc.watch = append(acc.watch, s)
 	}
-	s.target, s.until = contact.URI, until
+	s.target, s.until = contact.URI, time.Now().Add(time.Duration(expires)*time.Second)
 	c.mu.Unlock()
-	c.spawn(func() { c.notify(acc, s, expires == 0) })
+	now := change{initial: true, terminate: expires == 0}
+	if s.pcscf && b.NotifyFirst {
+		c.spawn(func() { c.notify(acc, s, now); c.answer(in, r) })
+		return
+	}
+	c.answer(in, r)
+	c.spawn(func() { c.notify(acc, s, now) })
 }
 
-// notifyAll tells every subscriber of an account about its state.
-func (c *Core) notifyAll(acc *account, terminate bool) {
+// change is what a NOTIFY tells of the registration of an account: without binding that it has ended.
+type change struct {
+	initial   bool          // the whole state, because of a SUBSCRIBE
+	terminate bool          // ends the subscription
+	event     string        // of the contact, default registered
+	expires   time.Duration // with event shortened
+}
+
+// notifyAll tells every subscriber of an account about a change.
+func (c *Core) notifyAll(acc *account, ch change) {
 	c.mu.Lock()
 	watch := append([]*subscription(nil), acc.watch...)
+	ch.terminate = acc.binding == nil
 	c.mu.Unlock()
 	for _, s := range watch {
-		c.spawn(func() { c.notify(acc, s, terminate) })
+		c.spawn(func() { c.notify(acc, s, ch) })
 	}
 }
 
-// notify sends one full-state NOTIFY (RFC 3680 §5).
-func (c *Core) notify(acc *account, s *subscription, terminate bool) {
-	if c.Behaviour().NoNotify {
+// notify sends one NOTIFY (RFC 3680 §5).
+func (c *Core) notify(acc *account, s *subscription, ch change) {
+	b := c.Behaviour()
+	if b.NoNotify {
 		return
 	}
 	c.mu.Lock()
-	s.cseq++
 	version := s.version
 	s.version++
-	if terminate || time.Now().After(s.until) {
-		kept := acc.watch[:0:0]
-		for _, w := range acc.watch {
-			if w != s {
-				kept = append(kept, w)
-			}
-		}
-		acc.watch = kept
+	if s.pcscf && b.LoseNotify && !ch.initial {
+		c.mu.Unlock()
+		return
+	}
+	s.cseq++
+	if ch.terminate || time.Now().After(s.until) {
+		acc.watch = slices.DeleteFunc(slices.Clone(acc.watch), func(w *subscription) bool { return w == s })
 	}
 	m := &sipwire.Message{Method: "NOTIFY", URI: s.target}
 	m.Add("Max-Forwards", "70")
@@ -263,33 +296,54 @@ func (c *Core) notify(acc *account, s *subscription, terminate bool) {
 	m.Add("Call-ID", s.callID)
 	m.Add("CSeq", strconv.FormatUint(uint64(s.cseq), 10)+" NOTIFY")
 	m.Add("Event", "reg")
-	if terminate {
+	if ch.terminate {
 		m.Add("Subscription-State", "terminated;reason=noresource")
 	} else {
 		m.Add("Subscription-State", "active;expires="+strconv.Itoa(int(time.Until(s.until)/time.Second)))
 	}
 	m.Add("Contact", "<sip:"+c.cfg.Addr.String()+">")
 	m.Add("Content-Type", "application/reginfo+xml")
-	m.Body = reginfo(acc, version)
+	m.Body = reginfo(acc, version, ch, s.pcscf && b.PartialNotify && !ch.initial)
+	if s.pcscf && b.MalformedNotify {
+		m.Body = m.Body[:len(m.Body)/2]
+	}
 	c.mu.Unlock()
-	if _, err := c.transact(c.ctx, m, 0); err != nil {
+	answer, err := c.transact(c.ctx, m, 0)
+	switch {
+	case err != nil:
 		c.log.Info("notify", "impi", acc.sub.IMPI, "cause", err)
+	case answer.Status == 481: // RFC 6665 §4.2.2
+		c.mu.Lock()
+		acc.watch = slices.DeleteFunc(slices.Clone(acc.watch), func(w *subscription) bool { return w == s })
+		c.mu.Unlock()
 	}
 }
 
-// reginfo prints the full registration state of an account (RFC 3680 §5.1).
-func reginfo(acc *account, version uint32) []byte {
+// reginfo prints the registration state of an account (RFC 3680 §5.1).
+func reginfo(acc *account, version uint32, ch change, partial bool) []byte {
 	var b strings.Builder
-	fmt.Fprintf(&b, "<?xml version=\"1.0\"?>\n<reginfo xmlns=\"urn:ietf:params:xml:ns:reginfo\" version=\"%d\" state=\"full\">\n", version)
-	state, event := "active", "registered"
-	if acc.binding == nil {
-		state, event = "terminated", "unregistered"
+	state, contactState, event, kind := "active", "active", ch.event, "full"
+	if event == "" {
+		event = "registered"
 	}
+	binding, expires := acc.binding, ""
+	if binding == nil {
+		state, contactState, binding = "terminated", "terminated", acc.ended
+	}
+	if ch.event == "shortened" {
+		expires = fmt.Sprintf(` expires="%d"`, ch.expires/time.Second)
+	}
+	if partial {
+		kind = "partial"
+	}
+	fmt.Fprintf(&b, "<?xml version=\"1.0\"?>\n<reginfo xmlns=\"urn:ietf:params:xml:ns:reginfo\" version=\"%d\" state=\"%s\">\n",
+		version, kind)
 	for i, u := range acc.sub.IMPU {
 		fmt.Fprintf(&b, "<registration aor=\"%s\" id=\"r%d\" state=\"%s\">", u, i, state)
-		if acc.binding != nil {
-			if a, err := sipwire.ParseAddr(acc.binding.Contact); err == nil {
-				fmt.Fprintf(&b, "<contact id=\"c%d\" state=\"active\" event=\"%s\"><uri>%s</uri></contact>", i, event, a.URI)
+		if binding != nil {
+			if a, err := sipwire.ParseAddr(binding.Contact); err == nil {
+				fmt.Fprintf(&b, "<contact id=\"c%d\" state=\"%s\" event=\"%s\"%s><uri>%s</uri></contact>",
+					i, contactState, event, expires, html.EscapeString(a.URI))
 			}
 		}
 		b.WriteString("</registration>\n")

@@ -72,6 +72,13 @@ type Behaviour struct {
 	AlwaysChallenge bool          // challenge re-registrations too, although integrity-protected=yes allows to skip it
 	TCP             bool          // send every request by TCP
 	NoNotify        bool          // no NOTIFY to subscribers of the reg event
+
+	// What follows concerns the P-CSCF's subscriptions to the reg event only.
+	RefuseSubscribe int  // answer SUBSCRIBE with this status
+	NotifyFirst     bool // the first NOTIFY before the 200
+	PartialNotify   bool // tell changes in partial documents
+	LoseNotify      bool // tell of no change: documents are missing
+	MalformedNotify bool // documents that cannot be read
 }
 
 // Config describes a core.

@@ -65,9 +65,10 @@ type account struct {
 	pending *challenge // challenge not answered yet
 	last    *challenge // challenge of the last successful authentication
 	binding *Binding
-	left    bool   // was registered and is not any more
-	rounds  int    // right responses challenged again so far
-	nonce   string // of the last SIP digest challenge
+	ended   *Binding // the last one, if there is none
+	left    bool     // was registered and is not any more
+	rounds  int      // right responses challenged again so far
+	nonce   string   // of the last SIP digest challenge
 	watch   []*subscription
 }
 
@@ -342,7 +343,7 @@ func (c *Core) accept200(in *incoming, acc *account, used *challenge) *sipwire.M
 	c.mu.Lock()
 	acc.last = used
 	if expires == 0 {
-		acc.binding, acc.left = nil, true
+		acc.unbind()
 	} else {
 		acc.left = false
 		acc.binding = &Binding{
@@ -368,7 +369,7 @@ func (c *Core) accept200(in *incoming, acc *account, used *challenge) *sipwire.M
 	}
 	r.Add("P-Charging-Function-Addresses", chargingFunctions)
 	if expires == 0 {
-		c.spawn(func() { c.notifyAll(acc, true) })
+		c.spawn(func() { c.notifyAll(acc, change{event: "unregistered"}) })
 	}
 	return r
 }
@@ -429,17 +430,61 @@ func (c *Core) SetSQN(impi string, sqn uint64) error {
 	return nil
 }
 
-// Deregister ends a registration from the network's side: the binding goes, and subscribers of the reg event get a
-// NOTIFY (TS 24.229 §5.4.1.5).
-func (c *Core) Deregister(impi string) error {
-	c.mu.Lock()
-	a := c.byIMPI[impi]
-	if a == nil || a.binding == nil {
-		c.mu.Unlock()
-		return fmt.Errorf("deregister %s: not registered", impi)
+// unbind ends the registration. Core.mu is held.
+func (a *account) unbind() {
+	if a.binding != nil {
+		a.ended = a.binding
 	}
 	a.binding, a.left = nil, true
+}
+
+// registered returns the account of a public identity that is registered.
+func (c *Core) registered(impu string) (*account, error) {
+	a := c.owner(impu)
+	if a == nil {
+		return nil, fmt.Errorf("%s: unknown identity", impu)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if a.binding == nil {
+		return nil, fmt.Errorf("%s: %w", impu, ErrNotRegistered)
+	}
+	return a, nil
+}
+
+// Deregister ends a registration from the network's side, by an event of RFC 3680 §4.7.1 such as deactivated: the binding
+// goes, and subscribers of the reg event get a NOTIFY (TS 24.229 §5.4.1.5).
+func (c *Core) Deregister(impu, event string) error {
+	a, err := c.registered(impu)
+	if err != nil {
+		return fmt.Errorf("deregister: %w", err)
+	}
+	c.mu.Lock()
+	a.unbind()
 	c.mu.Unlock()
-	c.notifyAll(a, true)
+	c.notifyAll(a, change{event: event})
+	return nil
+}
+
+// Shorten lets a registration end after this time, and tells subscribers of the reg event (TS 24.229 §5.4.1.6).
+func (c *Core) Shorten(impu string, expires time.Duration) error {
+	a, err := c.registered(impu)
+	if err != nil {
+		return fmt.Errorf("shorten: %w", err)
+	}
+	c.mu.Lock()
+	a.binding.Expires = time.Now().Add(expires)
+	c.mu.Unlock()
+	c.notifyAll(a, change{event: "shortened", expires: expires})
+	return nil
+}
+
+// Tell sends subscribers of the reg event a NOTIFY of a registration that was refreshed.
+func (c *Core) Tell(impu string) error {
+	a, err := c.registered(impu)
+	if err != nil {
+		return fmt.Errorf("tell subscribers: %w", err)
+	}
+	c.notifyAll(a, change{event: "refreshed"})
 	return nil
 }

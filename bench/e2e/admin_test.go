@@ -42,6 +42,8 @@ func (f *fixture) operate(ctx context.Context, t *testing.T, args ...string) ([]
 
 // TestOperator looks at eight phones and ends the registration of one: it is refused afterwards, its SAs go, and the
 // others know nothing of it.
+//
+// Peers: A1.35, B1.01, B4.06
 func TestOperator(t *testing.T) {
 	f := start(t, fixtureConfig{})
 	ctx := timed(t)

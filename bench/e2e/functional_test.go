@@ -219,6 +219,8 @@ func (f *fixture) renew(ctx context.Context, t *testing.T, p *pair) {
 }
 
 // TestLife runs the life of two phones over every combination of transport and address family.
+//
+// Peers: A1.32, A2.01, B1.25, B2.03, C1.08, C2.04
 func TestLife(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		f := start(t, fixtureConfig{ipv6: v6})
@@ -258,6 +260,8 @@ func TestConfigurations(t *testing.T) {
 }
 
 // TestLargeDatagrams has phones that send everything by UDP, whatever its size: ESP packets are fragmented.
+//
+// Peers: D1.10
 func TestLargeDatagrams(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		f := start(t, fixtureConfig{ipv6: v6})
@@ -279,6 +283,8 @@ func (f *fixture) offers(n int) []ims.Suite { return ims.Suites()[:n] }
 
 // TestSuites lives through each algorithm pair over both transports and address families, and has the capture decrypted
 // by an independent program.
+//
+// Peers: A1.29a, A4.08, C1.07b, C2.15
 func TestSuites(t *testing.T) {
 	transports := []ims.Transport{ims.UDP, ims.TCP}
 	for _, family := range []struct {

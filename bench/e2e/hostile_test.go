@@ -77,6 +77,8 @@ func plusOne(v string) string {
 
 // TestAgreementViolations covers what SM7 may not say (TS 33.203 §7.3.2.3, RFC 3329 §2.3.1): it is refused inside the
 // temporary set, the core never sees it, the set goes, and the phone can register afterwards (T1, T2).
+//
+// Peers: A1.26, A3.01, A4.04a, A4.04b, B4.03
 func TestAgreementViolations(t *testing.T) {
 	f := start(t, fixtureConfig{clear: strangerRules()})
 	tests := []struct {
@@ -283,6 +285,8 @@ func wrongResponse(m *sipwire.Message) {
 }
 
 // TestHostileRequests has registered phones send what they may not.
+//
+// Peers: A4.01a, B3.11
 func TestHostileRequests(t *testing.T) {
 	f := start(t, fixtureConfig{})
 	ctx := timed(t)
@@ -488,6 +492,8 @@ func flip(token string) string {
 }
 
 // TestESPAttacks injects ESP packets: unknown SPIs, bad integrity, and a replay of a packet that was fine once.
+//
+// Peers: A4.12, B4.10, C2.14
 func TestESPAttacks(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "attack.pcap")
 	f := start(t, fixtureConfig{capture: file})
@@ -577,6 +583,8 @@ func lastESP(t *testing.T, file string, spi ims.SPI) []byte {
 }
 
 // TestHandsets registers phones with the habits of real ones, and has each talk in both directions.
+//
+// Peers: A4.07, A4.17e, C2.11
 func TestHandsets(t *testing.T) {
 	f := start(t, fixtureConfig{core: core.Behaviour{QOP: "auth,auth-int"}})
 	null := []ims.Suite{{Alg: ims.AlgHMACSHA1, Enc: ims.EncNull}, {Alg: ims.AlgHMACMD5, Enc: ims.EncNull}}
@@ -655,6 +663,8 @@ func (f *fixture) protectedNS() *hostnet.NS {
 
 // TestConnectionGone closes the connection of a request before its answer (T14): the answer comes over a connection
 // that the P-CSCF opens from port-pc to port-us, inside the same set.
+//
+// Peers: A1.31a, A2.03, C1.02
 func TestConnectionGone(t *testing.T) {
 	f := start(t, fixtureConfig{})
 	ctx := timed(t)
@@ -735,6 +745,8 @@ func TestCoreGone(t *testing.T) {
 
 // TestDaemonCrash kills the daemon and starts it again: phones that register anew are served, whatever the crash left
 // behind in the kernel.
+//
+// Peers: D1.03
 func TestDaemonCrash(t *testing.T) {
 	f := start(t, fixtureConfig{})
 	ctx := timed(t)
@@ -763,6 +775,8 @@ func TestDaemonCrash(t *testing.T) {
 }
 
 // TestManyPhones has many phones register, talk and leave at the same time.
+//
+// Peers: C2.02
 func TestManyPhones(t *testing.T) {
 	phones := 48
 	if setting(envUE, ue.Userspace) == ue.XFRM {

@@ -142,6 +142,8 @@ func strangerRules(statuses ...int) lab.ClearRules {
 }
 
 // TestStrangerRegister covers the unprotected REGISTER: what is refused, and what a retransmission does.
+//
+// Peers: A3.06a, C2.12
 func TestStrangerRegister(t *testing.T) {
 	rules := strangerRules()
 	f := start(t, fixtureConfig{clear: rules, subs: 64})
@@ -234,6 +236,8 @@ func TestStrangerRegister(t *testing.T) {
 }
 
 // TestChallengeForms covers how a 401 of the core may look (T9): the keys are used and never shown.
+//
+// Peers: A3.09, B4.02
 func TestChallengeForms(t *testing.T) {
 	f := start(t, fixtureConfig{clear: strangerRules(500)})
 	tests := []struct {
@@ -275,6 +279,8 @@ func TestChallengeForms(t *testing.T) {
 }
 
 // TestStrangerTraffic sends requests in clear to every port of the daemon: none reaches the core (T6, T7).
+//
+// Peers: A3.05a, B2.14
 func TestStrangerTraffic(t *testing.T) {
 	for _, rule := range []string{"reject", "drop"} {
 		t.Run(rule, func(t *testing.T) {

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -42,6 +43,8 @@ type DaemonOptions struct {
 	StorePath       string        // store.path; empty: nothing is kept
 	Reconcile       time.Duration // store.reconcile_interval
 	LogLevel        string        // default info
+	Pending         int           // limits.pending_registrations
+	PendingSource   int           // limits.pending_per_source; default 4096: all IPv6 phones of a lab share one /64
 }
 
 // DaemonConfig returns a configuration of the daemon for this lab.
@@ -85,8 +88,10 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 	option(&b, "  transport", o.MwTransport)
 	duration(&b, "  register_timeout", o.RegisterTimeout)
 	duration(&b, "  health_interval", o.HealthInterval)
-	// All IPv6 phones of a lab share one /64, which counts as one source.
-	b.WriteString("limits:\n  pending_per_source: 4096\n")
+	fmt.Fprintf(&b, "limits:\n  pending_per_source: %d\n", cmp.Or(o.PendingSource, 4096))
+	if o.Pending != 0 {
+		fmt.Fprintf(&b, "  pending_registrations: %d\n", o.Pending)
+	}
 	if o.RegAwaitAuth != 0 || o.LifetimeMargin != 0 || o.OldSet != 0 {
 		b.WriteString("timers:\n")
 		duration(&b, "  reg_await_auth", o.RegAwaitAuth)

@@ -117,6 +117,7 @@ func TestOwnerPID(t *testing.T) {
 	}
 }
 
+// Peers: C2.14
 func TestParseMetrics(t *testing.T) {
 	m, err := ParseMetrics(strings.NewReader("# HELP a b\n\na 1\nb{x=\"p q\",y=\"2\"} 2.5\nb{x=\"r\",y=\"2\"} 1e3\nc NaN\n"))
 	if err != nil {

@@ -251,6 +251,7 @@ func wantProblem(t *testing.T, u *UE, part string) {
 	}
 }
 
+// Peers: A4.17f, C2.18
 func TestLiveRegister(t *testing.T) {
 	f, n := live(t, 2*time.Second)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

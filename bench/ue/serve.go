@@ -93,7 +93,7 @@ func (u *UE) retransmitted(in *inbound, v sipwire.Via) bool {
 func (u *UE) plainAnswer(tx *serverTx, d *dialog) *sipwire.Message {
 	m := tx.in.msg
 	answer := func(status int) *sipwire.Message { return u.answerTo(tx, status) }
-	if m.Tag("To") != "" && d == nil && (m.Method == "BYE" || m.Method == "PRACK" || m.Method == "UPDATE") {
+	if d == nil && (m.Method == "BYE" || m.Method == "PRACK" || m.Method == "UPDATE") {
 		return answer(481)
 	}
 	switch m.Method {

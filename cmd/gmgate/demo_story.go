@@ -411,7 +411,7 @@ func (s *life) deregister(ctx context.Context) error {
 	p := s.hero()
 	ok := s.tell(ctx, "the core ends it", "NOTIFY to gmgate: contact terminated (RFC 3680 §5.2)",
 		func(ctx context.Context) error {
-			if err := s.core.Deregister(p.sub.IMPI); err != nil {
+			if err := s.core.Deregister(p.sub.IMPU[0], "deactivated"); err != nil {
 				return err
 			}
 			return s.until(ctx, func(u admin.UE) bool { return u.State == "deregistered" })

@@ -69,6 +69,7 @@ func leftovers(t *testing.T) []string {
 	return names
 }
 
+// Peers: C1.06b, C2.18
 func TestDemo(t *testing.T) {
 	requireDemo(t)
 	file := filepath.Join(t.TempDir(), "gm.pcap")

@@ -183,6 +183,7 @@ func proxyConfig(cfg *config.Config, rules *policy.Rules, suites []ims.Suite, fl
 		VisitedNetwork: cfg.Mw.VisitedNetwork, OrigIOI: cfg.Mw.OrigIOI,
 		QuoteIntegrity: cfg.Mw.IntegrityProtectedQuoted, RegisterTimeout: cfg.Mw.RegisterTimeout,
 		HealthInterval: cfg.Mw.HealthInterval,
+		RegEvent:       proxy.RegEvent{Enabled: cfg.Mw.RegEvent.Enabled, Expires: cfg.Mw.RegEvent.Expires, URI: cfg.Mw.RegEvent.URI},
 		Fleet:          fleet, TokenKey: tokens, SPIFirst: cfg.Security.SPI.First, SPILast: cfg.Security.SPI.Last,
 	}
 	if cfg.Mw.IntegrityProtectedClear == config.IntegrityNo {

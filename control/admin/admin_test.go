@@ -245,6 +245,7 @@ func TestFind(t *testing.T) {
 	}
 }
 
+// Peers: B4.06
 func TestDeregister(t *testing.T) {
 	b := newBed(t, 3)
 	for _, tt := range []struct {

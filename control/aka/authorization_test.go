@@ -110,6 +110,7 @@ func TestParseAuthorizationErrors(t *testing.T) {
 	}
 }
 
+// Peers: A3.05d
 func TestSetIntegrityProtected(t *testing.T) {
 	tests := []struct {
 		name   string

@@ -57,6 +57,7 @@ func safeText(t testing.TB, err error) {
 	}
 }
 
+// Peers: A1.05d, B2.19a
 func TestTake(t *testing.T) {
 	const (
 		d  = "ims.mnc001.mcc001.3gppnetwork.org"
@@ -122,6 +123,7 @@ func TestTake(t *testing.T) {
 	}
 }
 
+// Peers: A1.30a
 func TestTakeErrors(t *testing.T) {
 	const ck, ik = `ck="` + ckHex + `"`, `ik="` + ikHex + `"`
 	tests := []struct {
@@ -211,6 +213,7 @@ func TestTakeDescribes(t *testing.T) {
 	}
 }
 
+// Peers: A1.30b
 func TestKeysAreNeverPrinted(t *testing.T) {
 	_, ch, err := Take([]string{`Digest nonce="n",ck="` + ckHex + `",ik="` + ikHex + `"`})
 	if err != nil {

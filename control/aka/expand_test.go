@@ -21,6 +21,7 @@ var vectors = []struct {
 	{"35.208 #1 with the RAND of #3", "b41f4f3fae6be7aa5692a4aff3b83783", "35d493df8c2e34b5608d4122245a98ec", "6734e8eb", "4b6ef5d7"},
 }
 
+// Peers: A3.07a, B2.07
 func TestExpand(t *testing.T) {
 	suite := func(text string) ims.Suite {
 		s, err := ims.ParseSuite(text)

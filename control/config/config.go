@@ -124,6 +124,14 @@ type Mw struct {
 	ServiceRoute             ServiceRoute
 	RegisterTimeout          time.Duration
 	HealthInterval           time.Duration // zero: off
+	RegEvent                 RegEvent
+}
+
+// RegEvent rules the subscriptions to the registration state of the UEs (TS 24.229 §5.2.3).
+type RegEvent struct {
+	Enabled bool
+	Expires time.Duration // least expiry that is asked for
+	URI     string        // the P-CSCF's own SIP URI; empty: made from PathHost or the Mw address
 }
 
 // NextHop is an entry point of the core.
@@ -312,6 +320,7 @@ func Default() *Config {
 			ServiceRoute:             ServiceRouteRepair,
 			RegisterTimeout:          32 * time.Second,
 			HealthInterval:           5 * time.Second,
+			RegEvent:                 RegEvent{Enabled: true, Expires: 600000 * time.Second},
 		},
 		Limits:  Limits{PendingRegistrations: 20000, PendingPerSource: 32},
 		Timers:  Timers{RegAwaitAuth: 4 * time.Minute, LifetimeMargin: 30 * time.Second, OldSet: 128 * time.Second},

@@ -80,6 +80,7 @@ func TestGood(t *testing.T) {
 	}
 }
 
+// Peers: A1.19
 func TestBad(t *testing.T) {
 	for _, path := range files(t, "testdata/bad/*.yaml") {
 		t.Run(filepath.Base(path), func(t *testing.T) {
@@ -97,6 +98,7 @@ func TestBad(t *testing.T) {
 	}
 }
 
+// Peers: B1.02, C1.06b, D2.01
 func TestExampleIsTheDefault(t *testing.T) {
 	var b bytes.Buffer
 	if err := WriteExample(&b); err != nil {
@@ -134,6 +136,7 @@ func TestExampleIsTheDefault(t *testing.T) {
 	}
 }
 
+// Peers: B4.07
 func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 	n := 0
 	walk("", schema(), func(path string, f *field) {
@@ -147,7 +150,7 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 			t.Errorf("%s is neither a section nor a value", path)
 		}
 	})
-	if n != 61 {
+	if n != 64 {
 		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
 	}
 	walk("", ruleFields(0), func(path string, f *field) {
@@ -223,6 +226,7 @@ func TestFields(t *testing.T) {
 			},
 			VisitedNetwork: "visited.example", PathHost: "pcscf.example", IntegrityProtectedClear: IntegrityAbsent,
 			OrigIOI: "home.example", ServiceRoute: ServiceRouteRefuse, RegisterTimeout: 8 * time.Second,
+			RegEvent: RegEvent{Expires: 2 * time.Hour, URI: "sip:gm1@pcscf.example:5080"},
 		},
 		Limits:  Limits{PendingRegistrations: 5000, PendingPerSource: 8, SASets: 1000},
 		Timers:  Timers{RegAwaitAuth: 3 * time.Minute, LifetimeMargin: 10 * time.Second, OldSet: 64 * time.Second},
@@ -447,6 +451,21 @@ func TestSocketPath(t *testing.T) {
 			t.Errorf("%s: %v", text, err)
 		} else if got := c.SocketPath(); got != want {
 			t.Errorf("%s: %q, want %q", text, got, want)
+		}
+	}
+}
+
+func TestSIPURI(t *testing.T) {
+	for uri, want := range map[string]bool{
+		"sip:pcscf.example": true, "sip:pcscf.example:5060": true, "sip:gm+1@10.0.1.5": true, "sip:10.0.1.5:5062": true,
+		"sip:[2001:db8::5]": true, "sip:[2001:db8::5]:5060": true,
+		"pcscf.example": false, "sips:pcscf.example": false, "sip:": false, "sip:@pcscf.example": false,
+		"sip:a b@pcscf.example": false, "sip:pcscf.example;lr": false, "sip:pcscf.example>": false,
+		"sip:pcscf.example:0": false, "sip:pcscf.example:70000": false, "sip:2001:db8::5": false, "sip:[10.0.1.5]": false,
+		"sip:0.0.0.0": false, "sip:a@b@c.example": false, "sip:pcscf.example\r\nX: y": false,
+	} {
+		if got := validSIPURI(uri); got != want {
+			t.Errorf("%q: %t", uri, got)
 		}
 	}
 }

@@ -151,6 +151,19 @@ func schema() []field {
 				func(c *Config) *time.Duration { return &c.Mw.RegisterTimeout }, 1),
 			durationField("health_interval", "Time between two OPTIONS to a next hop; 0: none are sent.",
 				func(c *Config) *time.Duration { return &c.Mw.HealthInterval }, 0),
+			{key: "reg_event", doc: "Subscriptions to the registration state of the phones (RFC 3680): by them the core can\nend a registration.", sub: []field{
+				boolField("enabled", "Subscribe for each registered phone. A core that refuses is not asked again.",
+					func(c *Config) *bool { return &c.Mw.RegEvent.Enabled }),
+				durationField("expires", "A subscription is asked for at least this time, and for longer than the registration.",
+					func(c *Config) *time.Duration { return &c.Mw.RegEvent.Expires }, 1),
+				textField("uri", "Own SIP URI of this P-CSCF; empty: made from path_host or the Mw address.",
+					func(c *Config) *string { return &c.Mw.RegEvent.URI }, func(s string) string {
+						if s != "" && !validSIPURI(s) {
+							return "not a SIP URI without parameters, such as sip:pcscf.example"
+						}
+						return ""
+					}),
+			}},
 		}},
 		{key: "limits", doc: "What phones that have not been authenticated can take. Beyond it they get 503 with Retry-After.", sub: []field{
 			intField("pending_registrations", "Registrations under way that are not confirmed yet. Beyond it the oldest ones give way.",
@@ -778,6 +791,26 @@ func pathFault(s string) string {
 		return "not an absolute path"
 	}
 	return ""
+}
+
+// validSIPURI reports whether s is a SIP URI of a host, perhaps with a user and a port, and without parameters.
+func validSIPURI(s string) bool {
+	rest, ok := strings.CutPrefix(s, "sip:")
+	if user, host, found := strings.Cut(rest, "@"); found {
+		for _, b := range []byte(user) {
+			ok = ok && (isAlnum(b) || strings.IndexByte("-_.!~*'()+$&=", b) >= 0)
+		}
+		ok, rest = ok && user != "", host
+	}
+	if a, err := netip.ParseAddrPort(rest); err == nil {
+		return ok && addressFault(a.Addr()) == "" && a.Port() != 0
+	}
+	if host, port, found := strings.Cut(rest, ":"); found && validName(host) {
+		n, err := strconv.ParseUint(port, 10, 16)
+		return ok && err == nil && n != 0
+	}
+	a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(rest, "["), "]"))
+	return ok && (validName(rest) || err == nil && addressFault(a) == "" && a.Is6() == strings.HasPrefix(rest, "["))
 }
 
 func validInstance(s string) bool {

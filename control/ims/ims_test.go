@@ -11,6 +11,8 @@ import (
 )
 
 // Keys print as [redacted] however they are formatted, alone and inside of what holds them.
+//
+// Peers: A1.30b
 func TestKeysNeverPrint(t *testing.T) {
 	secret := Key("\xb4\x0b\xa9\xa3secretsecret")
 	keys := ESPKeys{Suite: Suite{AlgHMACSHA1, EncAESCBC}, Enc: secret, Auth: secret, Salt: [4]byte{'s', 'a', 'l', 't'}}

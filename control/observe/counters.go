@@ -136,6 +136,7 @@ func (c *count) load() uint64 { return c.v.Load() }
 type level struct{ v atomic.Int64 }
 
 func (l *level) add(n int)   { l.v.Store(l.v.Load() + int64(n)) }
+func (l *level) set(n int)   { l.v.Store(int64(n)) }
 func (l *level) load() int64 { return l.v.Load() }
 
 // Counters are the counters of one worker. Its methods are called by that worker's loop only and do not allocate. A
@@ -153,6 +154,9 @@ type Counters struct {
 	sets          [phaseEnd]level
 	ues           [ueEnd]level
 	associations  level
+	reg           regEvents
+	spisInUse     level
+	spiCapacity   level
 
 	_ [cacheLines]byte
 }
@@ -206,3 +210,9 @@ func (c *Counters) Associations(delta int) { c.associations.add(delta) }
 
 // UEs changes the number of UE contexts in a state.
 func (c *Counters) UEs(delta int, s UEState) { c.ues[within(s, int(ueEnd))].add(delta) }
+
+// SPIs tells how many SPIs of this worker's pool are taken, and how many it can give out at most.
+func (c *Counters) SPIs(inUse, capacity int) {
+	c.spisInUse.set(inUse)
+	c.spiCapacity.set(capacity)
+}

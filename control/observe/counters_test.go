@@ -52,6 +52,7 @@ func value(t *testing.T, g prometheus.Gatherer, sample string) float64 {
 	return -1
 }
 
+// Peers: A1.35, B1.01, B3.21
 func TestCountersAreAddedUp(t *testing.T) {
 	m := New(3)
 	r := register(t, m)
@@ -73,6 +74,9 @@ func TestCountersAreAddedUp(t *testing.T) {
 	b.Sets(PhaseTemporary, 1)
 	a.Sets(PhaseTemporary, -1)
 	a.UEs(5, UERegistered)
+	a.SPIs(3, 100)
+	a.SPIs(2, 100)
+	b.SPIs(5, 100)
 	b.UEs(-2, UERegistered) // a UE may be counted down where another worker counted up
 
 	for sample, want := range map[string]float64{
@@ -96,6 +100,8 @@ func TestCountersAreAddedUp(t *testing.T) {
 		`gmgate_sa_sets{phase="old"}`:                                                                                0,
 		`gmgate_ues{state="registered"}`:                                                                             3,
 		`gmgate_ues{state="unknown"}`:                                                                                -1,
+		`gmgate_spi_pool_in_use{}`:                                                                                   7,
+		`gmgate_spi_pool_capacity{}`:                                                                                 200,
 	} {
 		if got := value(t, r, sample); got != want {
 			t.Errorf("%s = %v, want %v", sample, got, want)

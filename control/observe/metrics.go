@@ -189,6 +189,8 @@ var (
 	setsDesc          = desc("sa_sets", "SA sets by phase.", "phase")
 	associationsDesc  = desc("address_associations", "Phones registered in clear, without SAs.")
 	uesDesc           = desc("ues", "UE contexts by registration state.", "state")
+	spisDesc          = desc("spi_pool_in_use", "SPIs taken from the pool.")
+	spiCapacityDesc   = desc("spi_pool_capacity", "SPIs that the pool can give out at most.")
 )
 
 var (
@@ -201,6 +203,8 @@ func (w *workerCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		messagesDesc, rejectedDesc, droppedDesc, registrationsDesc, suitesDesc, verifyDesc, awaitAuthDesc, setsDesc, uesDesc,
 		associationsDesc,
+		subscriptionsDesc, subscribesDesc, notifiesDesc, networkDesc, lossesDesc,
+		spisDesc, spiCapacityDesc,
 	} {
 		ch <- d
 	}
@@ -241,8 +245,8 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 	counter(verifyDesc, w.sum(func(c *Counters) *count { return &c.verify }))
 	counter(awaitAuthDesc, w.sum(func(c *Counters) *count { return &c.awaitAuth }))
 
-	gauge := func(d *prometheus.Desc, v int64, label ...string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), label...)
+	gauge := func(d *prometheus.Desc, v int64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
 	}
 	gauge(associationsDesc, w.sumLevel(func(c *Counters) *level { return &c.associations }))
 	for p := range phaseEnd {
@@ -255,6 +259,9 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 			gauge(uesDesc, n, name(s))
 		}
 	}
+	w.collectRegEvents(counter, gauge)
+	gauge(spisDesc, w.sumLevel(func(c *Counters) *level { return &c.spisInUse }))
+	gauge(spiCapacityDesc, w.sumLevel(func(c *Counters) *level { return &c.spiCapacity }))
 }
 
 func (w *workerCollector) collectMessages(counter func(*prometheus.Desc, uint64, ...string)) {

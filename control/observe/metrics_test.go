@@ -40,6 +40,7 @@ func full() *Metrics {
 	return m
 }
 
+// Peers: B1.01
 func TestLint(t *testing.T) {
 	problems, err := testutil.GatherAndLint(register(t, full()))
 	if err != nil {

@@ -199,6 +199,9 @@ func (w *Worker) unremember(c ims.ConnID) {
 
 // requestForUs answers requests of the core that name no UE.
 func (w *Worker) requestForUs(f ims.Flow) {
+	if w.m.Method() == sipmsg.MethodNotify && w.notifyForUs(f) {
+		return
+	}
 	if w.m.Method() == sipmsg.MethodOptions {
 		w.out = w.reply(w.out[:0], f, nil, 200, "OK", "", "Accept: application/sdp\r\n")
 		w.sendReply(f, nil, w.out)
@@ -265,6 +268,9 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 	switch t.kind {
 	case tokenRegister:
 		w.registerAnswer(digits)
+		return
+	case tokenSubscribe:
+		w.subscribeAnswer(t, digits)
 		return
 	case tokenToCore:
 	default:

@@ -132,5 +132,6 @@ func (w *Worker) moved(u *registrar.UE) {
 func (w *Worker) leave(impi string, except netip.Addr) {
 	for _, u := range w.table.Elsewhere(impi, except) {
 		w.table.Deregister(u, w.cfg.Registrar.OldSet)
+		w.unwatch(u, true) // the core may have both contacts
 	}
 }

@@ -282,6 +282,7 @@ func (f *Fleet) Deregister(ctx context.Context, q UEQuery) (ended []UEInfo, err 
 			return false
 		}
 		w.table.Deregister(u, w.cfg.Registrar.OldSet)
+		w.unwatch(u, true)
 		return true
 	}
 	err = f.each(ctx, q, UEID{}, walkTurn, end, func(t turn, _ int) int {

@@ -4,13 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/policy"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
-	"github.com/gmgate/gmgate/control/secagree"
 	"github.com/gmgate/gmgate/control/store"
 )
 
@@ -87,11 +85,10 @@ func (w *Worker) restoreUE(k *KeptUE) error {
 		}
 		r.Keys.Zero() // Params has made a copy
 		s.Label, s.Counters = label(w.id, u.Index), r.Counters
-		var err error
-		if s.Server, err = secagree.Parse(s.ServerText); err != nil {
+		if _, err := parseAgreement(s.ServerText); err != nil {
 			return fmt.Errorf("read Security-Server of set %#x: %w", r.ID, err)
 		}
-		if s.Client, err = secagree.Parse(strings.Split(s.ClientText, "\n")...); err != nil {
+		if _, err := parseAgreement(s.ClientText); err != nil {
 			return fmt.Errorf("read Security-Client of set %#x: %w", r.ID, err)
 		}
 		byID[r.ID], removing[s] = s, r.Removing

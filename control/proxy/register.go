@@ -1,8 +1,10 @@
 package proxy
 
 import (
+	"context"
 	"encoding/hex"
 	"errors"
+	"log/slog"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,9 +31,6 @@ const (
 	finalKept = 128 * time.Second
 )
 
-// maxRegisterTx bounds the REGISTER transactions of one worker.
-const maxRegisterTx = 1 << 17
-
 type txKey uint64
 
 // regTx is a REGISTER on its way: the server transaction towards the UE and the client transaction towards the core in
@@ -57,11 +56,9 @@ type regTx struct {
 	associated bool // and came from the address association of its identity
 	foreign    bool // over the set of the emergency registration, or an emergency one over another set
 
-	offer  *secagree.Offer // chosen mechanism; nil without Security-Client
-	client secagree.List
-	// clientText is the Security-Client that the offer is from, one header row per line.
-	clientText string
-	replaced   bool // a newer REGISTER of the same UE is under way: its 401 must not make SAs
+	offer    *secagree.Offer // chosen mechanism; nil without Security-Client
+	client   string          // Security-Client as in registrar.Set
+	replaced bool            // a newer REGISTER of the same UE is under way: its 401 must not make SAs
 
 	req   []byte // as received, to answer it
 	fwd   []byte // as sent to the core
@@ -73,8 +70,9 @@ type regTx struct {
 	timer   wheel.Timer
 	timeout wheel.Timer
 
-	older, newer *regTx // in queue
-	queue        *pendingQueue
+	origin origin
+	queue  *pendingQueue
+	links  [txLists]txLinks
 }
 
 // keyOf names the UE context that a REGISTER is for.
@@ -99,8 +97,12 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 		w.obs.Drop(observe.ReasonNoSA) // its registration has failed
 		return
 	}
-	if s == nil && !w.room(f) {
-		w.refuse(f, s, 503, "Service Unavailable", "too many registrations of this address under way", observe.ReasonBusy,
+	if !w.room(f, s) {
+		who := "phone"
+		if s == nil {
+			who = "address"
+		}
+		w.refuse(f, s, 503, "Service Unavailable", "too many registrations of this "+who+" under way", observe.ReasonBusy,
 			retryAfter)
 		return
 	}
@@ -109,17 +111,11 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 		return
 	}
 	tx.key = key
-	if s == nil && len(w.txs) >= maxRegisterTx {
-		w.refuse(f, s, 503, "Service Unavailable", "too many registrations under way", observe.ReasonBusy, retryAfter)
-		return
-	}
 	if !w.buildRegister(tx, &via) {
 		return
 	}
 	w.txs[key] = tx
-	if s == nil {
-		w.enqueuePending(tx)
-	}
+	w.enqueuePending(tx)
 	nk := w.keyOf(tx)
 	if old := w.newest[nk]; old != nil && old.final == nil {
 		old.replaced = true
@@ -182,7 +178,7 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		return nil
 	}
 	tx := &regTx{
-		flow: f, over: s, began: w.eg.Now(), callID: string(m.Get(sipmsg.CallID)),
+		flow: f, over: s, origin: originOf(f, s), began: w.eg.Now(), callID: string(m.Get(sipmsg.CallID)),
 		req: append([]byte(nil), m.Bytes()...), resend: coreT1,
 	}
 	if s != nil {
@@ -215,18 +211,20 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		}
 		return tx
 	}
-	rows := w.values(sipmsg.SecurityClient)
-	client, err := secagree.Parse(rows...)
-	if err != nil {
-		return refuse(400, "Bad Request", "Security-Client: "+err.Error(), observe.ReasonBadSecurityClient)
+	tx.client = w.agreement(sipmsg.SecurityClient)
+	known := s != nil && tx.client != "" && tx.client == s.ClientText && tx.emergency == s.UE.Emergency // then it is what Parse and Select have accepted
+	var client secagree.List
+	if !known {
+		if client, err = parseAgreement(tx.client); err != nil {
+			return refuse(400, "Bad Request", "Security-Client: "+err.Error(), observe.ReasonBadSecurityClient)
+		}
 	}
-	tx.client, tx.clientText = client, unfolded(rows)
 	if s != nil {
 		if !w.checkProtected(tx, s, via, refuse) {
 			return nil
 		}
 	}
-	hasClient := client.IPsecCount() > 0
+	hasClient := known || client.IPsecCount() > 0
 	switch {
 	case s == nil && (!hasClient || !w.requires("sec-agree")) && tx.policy.IPsec == policy.Allow:
 		if !w.passThrough(tx, refuse) {
@@ -239,15 +237,11 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		}
 		// RFC 3329 §2.3.1: the client must use the security agreement.
 		return refuse(421, "Extension Required", warning, why, "Require: sec-agree\r\n", bareServer(tx.policy.Suites))
-	case hasClient && s != nil && s.Phase != sa.Temporary && !tx.foreign && secagree.Equal(s.Client, client) == nil:
-		// SM7 again, or a refresh that repeats the agreement in force: nothing new to agree on.
-	case hasClient && (s == nil || s.Phase != sa.Temporary):
-		if !w.choose(tx, refuse) {
+	case hasClient && s != nil && (s.Phase == sa.Temporary || !tx.foreign && sameAgreement(s.ClientText, tx.client) == nil):
+		// SM7, once or again, or a refresh that repeats the agreement in force: nothing new to agree on.
+	case hasClient:
+		if !w.choose(tx, client, refuse) {
 			return nil
-		}
-	case hasClient: // SM7 repeats the offer of SM1; should the core challenge again, it counts again
-		if o, err := secagree.Select(client, tx.policy.Suites); err == nil {
-			tx.offer = &o
 		}
 	}
 	return tx
@@ -277,8 +271,10 @@ func (w *Worker) full(tx *regTx) bool {
 }
 
 // choose selects the mechanism and applies the rules on SPIs and ports (TS 33.203 §7.2).
-func (w *Worker) choose(tx *regTx, refuse func(int, string, string, observe.Reason, ...string) *regTx) bool {
-	o, err := secagree.Select(tx.client, tx.policy.Suites)
+func (w *Worker) choose(tx *regTx, client secagree.List,
+	refuse func(int, string, string, observe.Reason, ...string) *regTx,
+) bool {
+	o, err := secagree.Select(client, tx.policy.Suites)
 	switch {
 	case errors.Is(err, secagree.ErrNoCommonAlgorithm):
 		refuse(w.cfg.StatusSuite, statusPhrase(w.cfg.StatusSuite), "Security-Client: "+err.Error(),
@@ -348,17 +344,13 @@ func (w *Worker) checkProtected(tx *regTx, s *registrar.Set, via *sipmsg.ViaParm
 	tx.emergency = s.UE.Emergency
 	code, phrase := w.cfg.StatusVerify, statusPhrase(w.cfg.StatusVerify)
 	server := "Security-Server: " + s.ServerText + "\r\n"
-	verify, err := secagree.Parse(w.values(sipmsg.SecurityVerify)...)
-	if err == nil {
-		err = secagree.Equal(s.Server, verify)
-	}
-	if err != nil {
+	if err := sameAgreement(s.ServerText, w.agreement(sipmsg.SecurityVerify)); err != nil {
 		w.obs.VerifyMismatch()
 		refuse(code, phrase, "Security-Verify: "+err.Error(), observe.ReasonVerifyMismatch, server)
 		w.table.Drop(s, answerGrace)
 		return false
 	}
-	if err := secagree.Equal(s.Client, tx.client); err != nil {
+	if err := sameAgreement(s.ClientText, tx.client); err != nil {
 		refuse(code, phrase, "Security-Client: "+err.Error(), observe.ReasonClientMismatch, server)
 		w.table.Drop(s, answerGrace)
 		return false
@@ -399,13 +391,49 @@ func (w *Worker) values(id sipmsg.HeaderID) []string {
 	return v
 }
 
-// unfolded joins header rows, one per line: the folds within a row become spaces (RFC 3261 §7.3.1).
-func unfolded(rows []string) string {
-	lines := make([]string, len(rows))
-	for i, r := range rows {
-		lines[i] = strings.NewReplacer("\r\n", " ", "\r", " ", "\n", " ").Replace(r)
+// agreement returns the rows of a Security-* header as one text, joined by a newline.
+func (w *Worker) agreement(id sipmsg.HeaderID) string {
+	text := w.text[:0]
+	for _, row := range w.m.Rows() {
+		if row.ID != id {
+			continue
+		}
+		if len(text) > 0 {
+			text = append(text, '\n')
+		}
+		for _, c := range w.m.Value(row) {
+			if c == '\r' || c == '\n' { // a folded row: one space or several are the same (RFC 3261 §7.3.1)
+				c = ' '
+			}
+			text = append(text, c)
+		}
 	}
-	return strings.Join(lines, "\n")
+	w.text = text
+	return string(text)
+}
+
+func parseAgreement(text string) (secagree.List, error) {
+	if text == "" {
+		return secagree.List{}, nil
+	}
+	return secagree.Parse(strings.Split(text, "\n")...)
+}
+
+// sameAgreement compares a header with the one that it must repeat (RFC 3329 §2.3.1). Nearly every phone repeats it byte
+// for byte, so that it need not be parsed.
+func sameAgreement(known, repeated string) error {
+	if known == repeated {
+		return nil
+	}
+	have, err := parseAgreement(known)
+	if err != nil {
+		return err
+	}
+	got, err := parseAgreement(repeated)
+	if err != nil {
+		return err
+	}
+	return secagree.Equal(have, got)
 }
 
 // requires reports whether Require or Proxy-Require holds an option tag.
@@ -426,7 +454,8 @@ func (w *Worker) readAuthorization(tx *regTx) error {
 		if err != nil {
 			return err
 		}
-		tx.impi, tx.realm, tx.response, tx.authorization = a.Username, a.Realm, a.Response != "", true
+		tx.impi, tx.realm = strings.Clone(a.Username), strings.Clone(a.Realm) // without the header that it stands in
+		tx.response, tx.authorization = a.Response != "", true
 		if tx.impi == "" {
 			return errors.New("username is missing")
 		}
@@ -572,7 +601,8 @@ func (w *Worker) registerTimeout(tx *regTx) {
 	w.registerFailed(tx, 504, "Server Time-out", "core does not answer", observe.ReasonCoreTimeout)
 }
 
-// registerFailed answers a REGISTER with an error of our own. A temporary set that it came over goes.
+// registerFailed answers a REGISTER with an error of our own. A temporary set that it came over goes. A phone that came at a
+// bad time is told when to come again.
 func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why observe.Reason,
 	extra ...string,
 ) {
@@ -580,11 +610,15 @@ func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why
 		return
 	}
 	w.obs.Reject(why)
+	if code == 503 && len(extra) == 0 {
+		extra = append(extra, retryAfter)
+	}
 	w.finishRegister(tx, w.reply(nil, tx.flow, tx.over, code, phrase, warning, extra...), code)
 	w.obs.Registration(tx.kind(), false)
 	if tx.over != nil && tx.over.Phase == sa.Temporary {
 		w.table.Drop(tx.over, answerGrace)
 	}
+	w.verifyAfter(tx)
 }
 
 // finishRegister keeps the final answer for retransmissions and sends it.
@@ -598,8 +632,11 @@ func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 		delete(w.newest, nk)
 	}
 	w.wheel.Schedule(&tx.timeout, finalKept, func() { w.forget(tx) })
-	w.log.Debug("register answered", "code", code, "flow", tx.flow.String(), "call_id", tx.callID)
+	if w.log.Enabled(context.Background(), slog.LevelDebug) { // the arguments cost more than the rest of this function
+		w.log.Debug("register answered", "code", code, "flow", tx.flow.String(), "call_id", tx.callID)
+	}
 	w.answerRegister(tx, msg)
+	tx.req, tx.offer = nil, nil // a retransmission brings its own Via
 }
 
 func (w *Worker) forget(tx *regTx) {
@@ -612,10 +649,10 @@ func (w *Worker) forget(tx *regTx) {
 	}
 }
 
-// answerRegister sends an answer in the context of its REGISTER: in clear for one that came in clear, over the same set
+// answerRegister sends an answer, the first time or to a retransmission which is the current message then, in the context of its REGISTER: in clear for one that came in clear, over the same set
 // for one that came protected (TS 33.203 §7.2).
 func (w *Worker) answerRegister(tx *regTx, msg []byte) {
-	if w.m.Scan(tx.req) != nil {
+	if tx.req != nil && w.m.Scan(tx.req) != nil {
 		return
 	}
 	if tx.over != nil && !tx.over.Live() && tx.over.UE.Current == nil {
@@ -708,14 +745,14 @@ func (w *Worker) challenged(tx *regTx) {
 		return
 	}
 	switch {
-	case tx.offer == nil:
-		w.registerFailed(tx, 400, "Bad Request", "Security-Client: nothing new to agree on, and the core asks for authentication",
-			observe.ReasonNoSecurityClient)
-		return
 	case tx.over != nil && tx.over.Phase == sa.Temporary:
 		// The UE's SPIs are taken by the very set over which this answer has to leave.
 		w.registerFailed(tx, 500, "Server Internal Error", "challenged again on a temporary security association",
 			observe.ReasonBusy)
+		return
+	case tx.offer == nil:
+		w.registerFailed(tx, 400, "Bad Request", "Security-Client: nothing new to agree on, and the core asks for authentication",
+			observe.ReasonNoSecurityClient)
 		return
 	case tx.over != nil && !tx.over.Live():
 		w.registerFailed(tx, 500, "Server Internal Error", "security association is gone", observe.ReasonUEUnreachable)
@@ -754,13 +791,15 @@ func (w *Worker) challenged(tx *regTx) {
 	w.boundPending()
 	server := secagree.Server{
 		SPIC: s.SPIs.PC, SPIS: s.SPIs.PS, PortC: s.Ports.PC, PortS: s.Ports.PS,
-		Suites: secagree.ServerSuites(tx.offer.Suite, tx.policy.Suites, tx.client, w.cfg.ServerList),
+		Suites: []ims.Suite{tx.offer.Suite},
 	}
-	s.ServerText = string(server.Append(nil))
-	if s.Server, err = secagree.Parse(s.ServerText); err != nil {
-		w.log.Error("own Security-Server does not parse", "error", err)
+	if w.cfg.ServerList {
+		client, _ := parseAgreement(tx.client) // parsed when it came
+		server.Suites = secagree.ServerSuites(tx.offer.Suite, tx.policy.Suites, client, true)
 	}
-	s.Client, s.ClientText, s.CallID, s.IMPU = tx.client, tx.clientText, tx.callID, tx.impu
+	w.text = server.Append(w.text[:0])
+	s.ServerText = string(w.text)
+	s.ClientText, s.CallID, s.IMPU = tx.client, tx.callID, tx.impu
 	w.e.Insert(at, "Security-Server: ", s.ServerText, "\r\n")
 	if !w.finish() {
 		w.table.Drop(s, 0)
@@ -774,6 +813,10 @@ func (w *Worker) challenged(tx *regTx) {
 func (w *Worker) installed(tx *regTx, s *registrar.Set, err error) {
 	if tx.final != nil {
 		return // the transaction has timed out meanwhile; the temporary set goes by its timer
+	}
+	if errors.Is(err, registrar.ErrAborted) { // it gave way to others while the backend was at work
+		w.registerFailed(tx, 503, "Service Unavailable", "too many registrations under way", observe.ReasonBusy)
+		return
 	}
 	if err != nil {
 		w.log.Error("SA set not installed", "error", err, "sa_set", s.ID)
@@ -815,6 +858,7 @@ func (w *Worker) registered(tx *regTx) {
 	}
 	if (query || late) && s.Phase != sa.Temporary {
 		w.finishRegister(tx, answer, 200)
+		w.verifyAfter(tx)
 		return
 	}
 	if expires <= 0 {
@@ -826,9 +870,11 @@ func (w *Worker) registered(tx *regTx) {
 			return
 		}
 		w.table.Deregister(s.UE, w.cfg.Registrar.OldSet)
+		w.unwatch(s.UE, false)
 		return
 	}
-	if s.Phase == sa.Temporary && s.Over == nil { // the phone has started over
+	initial := s.Phase == sa.Temporary && s.Over == nil
+	if initial { // the phone has started over
 		s.UE.Bindings = nil
 		if !tx.outbound && !s.UE.Emergency {
 			w.moved(s.UE)
@@ -849,6 +895,7 @@ func (w *Worker) registered(tx *regTx) {
 	w.obs.Registration(kind, true)
 	w.metrics.ObserveRegistration(w.eg.Now().Sub(tx.began))
 	w.finishRegister(tx, answer, 200)
+	w.watch(s.UE, expires, initial)
 }
 
 // registrationRefused passes any other final answer on; the set of a failed authentication goes, older ones stay
@@ -863,6 +910,7 @@ func (w *Worker) registrationRefused(tx *regTx) {
 	if tx.over != nil && tx.over.Phase == sa.Temporary {
 		w.table.Drop(tx.over, answerGrace)
 	}
+	w.verifyAfter(tx)
 }
 
 // kind says what a REGISTER is for.
@@ -940,6 +988,9 @@ func sameContact(a, b string) bool {
 // learn stores what the 200 says about the user (TS 24.229 §5.2.2.2).
 func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 	u.Contact = tx.contact
+	if tx.over != nil && tx.over.IMPU == tx.impu {
+		tx.impu = tx.over.IMPU // one string for both
+	}
 	u.Bind(registrar.Binding{IMPU: tx.impu, Associated: w.uris(sipmsg.PAssociatedURI)})
 	w.assertIdentities(u)
 	routes := w.uris(sipmsg.ServiceRoute)
@@ -951,17 +1002,32 @@ func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 
 // setServiceRoute prepares the preloaded route of initial requests (RFC 3608 §6.1).
 func (w *Worker) setServiceRoute(u *registrar.UE, routes []string) {
-	u.ServiceRoute, u.ServiceHosts, u.RouteRow, u.NextHop = routes, nil, "", ims.Hop{}
+	u.ServiceRoute, u.ServiceHosts, u.RouteRow, u.NextHop = nil, nil, "", ims.Hop{}
 	if len(routes) == 0 {
 		return
 	}
-	u.RouteRow = "Route: <" + strings.Join(routes, ">, <") + ">\r\n"
-	for _, r := range routes {
-		if uri, err := sipmsg.ParseURI([]byte(r)); err == nil {
-			u.ServiceHosts = append(u.ServiceHosts, string(uri.Host))
+	if !slices.Equal(routes, w.route.uris) {
+		w.route = newServiceRoute(routes)
+	}
+	u.ServiceRoute, u.ServiceHosts, u.RouteRow = w.route.uris, w.route.hosts, w.route.row
+	w.findNextHop(u.Index, u.Gen)
+}
+
+// serviceRoute is a Service-Route as UE contexts keep it. Most UEs of a core have the same, so they share the last one seen;
+// nobody changes it.
+type serviceRoute struct {
+	uris, hosts []string
+	row         string
+}
+
+func newServiceRoute(routes []string) serviceRoute {
+	r := serviceRoute{uris: routes, row: "Route: <" + strings.Join(routes, ">, <") + ">\r\n"}
+	for _, s := range routes {
+		if uri, err := sipmsg.ParseURI([]byte(s)); err == nil {
+			r.hosts = append(r.hosts, string(uri.Host))
 		}
 	}
-	w.findNextHop(u.Index, u.Gen)
+	return r
 }
 
 // assertIdentities prepares the P-Asserted-Identity rows of a UE.

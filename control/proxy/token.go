@@ -15,11 +15,13 @@ import (
 type tokenKind uint8
 
 const (
-	tokenPath     tokenKind = iota + 1 // user part of Path and Record-Route: requests of the core to the UE and back
-	tokenToCore                        // our Via on a request of a UE
-	tokenToUE                          // our Via on a request to a UE
-	tokenRegister                      // our Via on a REGISTER
-	tokenClear                         // user part of Path of a REGISTER in clear: 40 bits that name its UE context
+	tokenPath      tokenKind = iota + 1 // user part of Path and Record-Route: requests of the core to the UE and back
+	tokenToCore                         // our Via on a request of a UE
+	tokenToUE                           // our Via on a request to a UE
+	tokenRegister                       // our Via on a REGISTER
+	tokenSubscribe                      // our Via on a SUBSCRIBE of our own
+	tokenNotify                         // user part of our Contact in it: a NOTIFY for us about the UE
+	tokenClear                          // user part of Path of a REGISTER in clear: 40 bits that name its UE context
 )
 
 // token is what a sealed flow token says. In a branch it must be the same for an INVITE, its CANCEL and the ACK of a

@@ -51,6 +51,7 @@ type Config struct {
 	PathHost        string                // host in Path and Record-Route; empty: the Mw address
 	VisitedNetwork  string
 	OrigIOI         string
+	RegEvent        RegEvent
 	ClearIntegrity  string // integrity-protected of a REGISTER in clear; empty: parameter absent
 	QuoteIntegrity  bool
 	RegisterTimeout time.Duration
@@ -111,11 +112,13 @@ type Worker struct {
 	text []byte // scratch for header values
 	addr []byte // scratch for an address in text
 
-	mwPort uint16 // our own Mw port
+	mwPort uint16       // our own Mw port
+	route  serviceRoute // the last one learnt
 
 	txs               map[txKey]*regTx
 	newest            map[registrar.Key]*regTx // newest REGISTER transaction of a UE
 	waiting, answered *pendingQueue            // REGISTER transactions in clear
+	protected         *pendingQueue            // and over SA sets
 	conns             map[ims.ConnID]*registrar.Set
 	inClear           map[uint64]*registrar.UE // contexts of registrations in clear, by the name in their Path
 	dials             map[uint64]*dial
@@ -128,6 +131,7 @@ type Worker struct {
 	nextTag           uint64
 	names             resolver
 	health            []*nextHop
+	subs              subscriptions
 	retry             retryMode // set while a message is handled again after a failed attempt
 }
 
@@ -153,8 +157,9 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
 		mwPort: cfg.MwPort + uint16(id), rules: cfg.Policy, inClear: make(map[uint64]*registrar.UE),
 		txs: make(map[txKey]*regTx), newest: make(map[registrar.Key]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
-		conns: make(map[ims.ConnID]*registrar.Set),
-		dials: make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
+		protected: newPendingQueue(),
+		conns:     make(map[ims.ConnID]*registrar.Set),
+		dials:     make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
 		mwConn: make(map[netip.AddrPort]ims.ConnID), mwPeer: make(map[ims.ConnID]netip.AddrPort),
 		mwDial: make(map[netip.AddrPort]*dial), answer: make(map[netip.AddrPort]ims.ConnID),
 		sentBy: make(map[ims.ConnID]netip.AddrPort),
@@ -171,10 +176,13 @@ func (w *Worker) Boot(eg Egress) {
 	w.eg = eg
 	w.wheel = wheel.New(wheelTick, eg.Now())
 	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Post, setObserver{w})
+	w.startSubscriptions()
 	if w.cfg.Store != nil {
 		w.table.Keep(journal{w})
 	}
 	w.restore()
+	w.resubscribe()
+	w.obs.SPIs(w.spis.InUse(), w.spis.Capacity())
 	w.startHealth()
 	if w.cfg.Fleet != nil {
 		w.cfg.Fleet.join(w)
@@ -182,7 +190,10 @@ func (w *Worker) Boot(eg Egress) {
 }
 
 // Tick advances the timers.
-func (w *Worker) Tick(now time.Time) { w.wheel.Advance(now) }
+func (w *Worker) Tick(now time.Time) {
+	w.wheel.Advance(now)
+	w.obs.SPIs(w.spis.InUse(), w.spis.Capacity())
+}
 
 // Table gives tests and the admin side the UE contexts; use it on the loop only.
 func (w *Worker) Table() *registrar.Table { return w.table }
@@ -392,6 +403,7 @@ func (o setObserver) Gone(u *registrar.UE) {
 		o.w.forgetClear(u)
 	}
 	o.w.log.Debug("UE context ended", "impi", u.IMPI, "ue", u.Addr, "state", u.State.String())
+	o.w.contextGone(u)
 }
 
 func (o setObserver) SetRemoved(s *registrar.Set) {

@@ -80,6 +80,8 @@ func wantTimes(t *testing.T, got []time.Duration, want ...time.Duration) {
 }
 
 // TestLife: a subscription outlives its registration by refreshes, half way or 600 s before the end, and ends with it.
+//
+// Peers: B3.15
 func TestLife(t *testing.T) {
 	for _, tt := range []struct {
 		name    string

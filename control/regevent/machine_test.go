@@ -208,7 +208,7 @@ func TestEveryCell(t *testing.T) {
 		for range 30 {
 			samples[trait{
 				s.state, s.failures, s.loss, s.emergency, s.timed, !s.deadline.IsZero(),
-				!s.gap.IsZero() && now.Sub(s.gap) < c.GapInterval/2 && s.refresh.Sub(now) > c.GapInterval,
+				!s.gap.IsZero() && now.Sub(s.gap.time()) < c.GapInterval/2 && s.refresh.Sub(now) > c.GapInterval,
 			}] = sample{s, now}
 			var possible []EventKind
 			for k := EventKind(1); k < eventEnd; k++ {
@@ -411,7 +411,7 @@ func TestNext(t *testing.T) {
 			{0, Event{Kind: Accepted, HasExpires: true, Expires: 7800}, "refresh in 2h0m0s, expiry in 2h10m0s", Active},
 			{0, Event{Kind: Deregistered}, "stop refresh, stop expiry", Terminated},
 			{0, ended(Timeout, 0), "answer 200", Terminated},
-			{0, Event{Kind: NotifyActive, Body: Document}, "answer 481, unexpected", Terminated},
+			{0, Event{Kind: NotifyActive, Body: Document}, "answer 481", Terminated},
 			{0, Event{Kind: Registered, Expires: 3600}, "", Terminated},
 		}},
 		{"the NOTIFY overtakes the answer", []step{
@@ -663,6 +663,18 @@ func TestStrings(t *testing.T) {
 	} {
 		if tt.got != tt.want {
 			t.Errorf("%q, want %q", tt.got, tt.want)
+		}
+	}
+}
+
+// TestLeastExpiry: short registrations are subscribed for as long as configured, long ones for longer than they last.
+func TestLeastExpiry(t *testing.T) {
+	c := DefaultConfig(half)
+	c.Expires = 600000 * time.Second
+	for life, want := range map[uint32]uint32{3600: 600000, 600000: 600600} {
+		_, actions := Next(&c, New(false), Event{Kind: Registered, Expires: life}, epoch, nil)
+		if got := actions[0].Expires; got != want {
+			t.Errorf("a registration of %d s is subscribed for %d s, want %d s", life, got, want)
 		}
 	}
 }

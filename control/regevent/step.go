@@ -53,6 +53,12 @@ func (t *step) leave() State {
 	return Terminated
 }
 
+// late refuses a NOTIFY that has crossed the end: the notifier then forgets the subscription (RFC 6665 §4.1.3).
+func (t *step) late() State {
+	t.act(Action{Kind: Answer, Status: 481})
+	return Terminated
+}
+
 func (t *step) lastNotify() State {
 	t.act(Action{Kind: Answer, Status: 200})
 	return Terminated
@@ -60,13 +66,13 @@ func (t *step) lastNotify() State {
 
 // ask returns the expiry to ask for: more than the registration's (TS 24.229 §5.2.3), and as much as the notifier wants.
 func (t *step) ask() uint32 {
-	t.s.asked = max(t.s.life+t.c.Margin, t.s.floor).Truncate(time.Second)
+	t.s.asked = max(t.s.life+t.c.Margin, t.c.Expires, t.s.floor).Truncate(time.Second)
 	return uint32(min(t.s.asked/time.Second, 1<<32-1))
 }
 
 // subscribe starts a subscription.
 func (t *step) subscribe() State {
-	t.s.term, t.s.deadline, t.s.gap, t.s.timed = 0, time.Time{}, time.Time{}, false
+	t.s.term, t.s.deadline, t.s.gap, t.s.timed = 0, 0, 0, false
 	t.act(Action{Kind: Subscribe, Expires: t.ask()})
 	t.arm(TimerNotify, t.c.NotifyWait)
 	return Subscribing
@@ -79,25 +85,25 @@ func (t *step) update() State {
 
 func (t *step) refreshDue() State {
 	t.s.timed = true
-	t.s.gap = t.now // a refresh brings the full state, whatever it is for
+	t.s.gap = at(t.now) // a refresh brings the full state, whatever it is for
 	return t.update()
 }
 
 // resync asks for the full state.
 func (t *step) resync() State {
 	next := t.s.gap.Add(t.c.GapInterval)
-	if t.s.gap.IsZero() || !t.now.Before(next) {
-		t.s.gap, t.s.timed = t.now, false
+	if t.s.gap.IsZero() || next.Sub(t.now) <= 0 {
+		t.s.gap, t.s.timed = at(t.now), false
 		return t.update()
 	}
-	if next.Before(t.s.refresh) {
-		t.refreshAt(next)
+	if next < t.s.refresh {
+		t.refreshAt(next.time())
 	}
 	return Active
 }
 
 func (t *step) refreshAt(when time.Time) {
-	t.s.refresh = when
+	t.s.refresh = at(when)
 	t.arm(TimerRefresh, when.Sub(t.now))
 }
 
@@ -191,7 +197,7 @@ func (t *step) grant() {
 	if t.e.HasExpires {
 		t.s.term = min(t.s.term, seconds(t.e.Expires))
 	}
-	t.s.deadline = t.now.Add(t.s.term)
+	t.s.deadline = at(t.now).Add(t.s.term)
 }
 
 // schedule arms the timers of a subscription that stands.
@@ -320,7 +326,7 @@ func (t *step) notified() State {
 // contradict the state beside it; some notifiers write it.
 func (t *step) noteExpiry() {
 	if t.e.HasExpires && t.e.Expires > 0 {
-		t.s.deadline = t.now.Add(min(seconds(t.e.Expires), t.s.asked))
+		t.s.deadline = at(t.now).Add(min(seconds(t.e.Expires), t.s.asked))
 	}
 }
 

@@ -194,6 +194,8 @@ func name(names []string, v uint8, kind string) string {
 type Config struct {
 	// Margin is how much longer than the registration a subscription is asked for (TS 24.229 §5.2.3).
 	Margin time.Duration
+	// Expires is the least expiry that is asked for, so that a subscription outlives many short registrations.
+	Expires time.Duration
 	// NotifyWait is how long the first NOTIFY may take: 64*T1 (RFC 6665 §4.1.2, Timer N).
 	NotifyWait time.Duration
 	// Backoff is the delay after the first failure. It doubles with every further one, up to BackoffMax.
@@ -239,9 +241,9 @@ type Subscription struct {
 	floor     time.Duration // least expiry that the notifier takes (423)
 	asked     time.Duration // expiry of the newest SUBSCRIBE
 	term      time.Duration // expiry as granted last
-	deadline  time.Time     // end of the subscription
-	refresh   time.Time     // what TimerRefresh is armed for
-	gap       time.Time     // last refresh: a gap causes the next one no earlier than Config.GapInterval later
+	deadline  moment        // end of the subscription
+	refresh   moment        // what TimerRefresh is armed for
+	gap       moment        // last refresh: a gap causes the next one no earlier than Config.GapInterval later
 }
 
 // New returns the subscription of a UE that is about to be registered.
@@ -254,7 +256,29 @@ func (s *Subscription) State() State { return s.state }
 func (s *Subscription) Failures() int { return s.failures }
 
 // Deadline returns when the subscription ends unless it is refreshed, zero while there is none.
-func (s *Subscription) Deadline() time.Time { return s.deadline }
+func (s *Subscription) Deadline() time.Time { return s.deadline.time() }
 
 // Armed reports whether a timer runs.
 func (s *Subscription) Armed(t Timer) bool { return s.armed&(1<<t) != 0 }
+
+// moment is a time in a third of the space of a time.Time, since there is a Subscription for every UE: nanoseconds of
+// Unix time, zero for none.
+type moment int64
+
+func at(t time.Time) moment { return moment(t.UnixNano()) }
+
+// IsZero reports whether there is no time.
+func (m moment) IsZero() bool { return m == 0 }
+
+// Sub returns how much later it is than t.
+func (m moment) Sub(t time.Time) time.Duration { return m.time().Sub(t) }
+
+// Add returns the time after d.
+func (m moment) Add(d time.Duration) moment { return m + moment(d) }
+
+func (m moment) time() time.Time {
+	if m == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, int64(m))
+}

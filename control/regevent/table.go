@@ -61,6 +61,8 @@ var table = []row{
 	{Terminated, Accepted, []State{Terminated}, (*step).stay, "answer to the SUBSCRIBE with expiry 0"},
 	{Terminated, Refused, []State{Terminated}, (*step).stay, "answer to the SUBSCRIBE with expiry 0"},
 	{Terminated, TimedOut, []State{Terminated}, (*step).stay, "answer to the SUBSCRIBE with expiry 0"},
+	{Terminated, NotifyActive, []State{Terminated}, (*step).late, "answer 481: it has crossed the end"},
+	{Terminated, NotifyPending, []State{Terminated}, (*step).late, "answer 481: it has crossed the end"},
 	{Terminated, NotifyTerminated, []State{Terminated}, (*step).lastNotify, "answer: the end of our SUBSCRIBE with expiry 0"},
 	{Terminated, Gap, []State{Terminated}, (*step).stay, "the last document does not matter any more"},
 }
@@ -112,7 +114,7 @@ func Next(c *Config, s Subscription, e Event, now time.Time, actions []Action) (
 		}
 	}
 	if t.s.state == Waiting || t.s.state == Terminated {
-		t.s.deadline = time.Time{}
+		t.s.deadline = 0
 	}
 	return t.s, t.out
 }

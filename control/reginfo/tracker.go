@@ -59,6 +59,10 @@ type Tracker struct {
 	// every document. The order of NOTIFY requests within a dialog then has to do.
 	AnyFull bool
 
+	// Own, if set, limits the view to the contacts for which it returns true. What documents say of others is reported
+	// all the same, only they are never missed; AllGone means that none of the own ones is left.
+	Own func(aor, uri string) bool
+
 	version uint32
 	begun   bool // a document was applied since Restart
 	whole   bool // a full document was applied and none is missing since
@@ -107,7 +111,7 @@ func (t *Tracker) Apply(d *Document) ([]Change, error) {
 	if t.begun && d.Versioned && (!t.AnyFull || d.State != Full) && d.Version <= t.version && d.Version != t.version+1 {
 		return nil, fmt.Errorf("%w: version %d after %d", ErrStale, d.Version, t.version)
 	}
-	w := update{doc: d, old: t.regs}
+	w := update{doc: d, old: t.regs, own: t.Own}
 	w.run()
 	if err := w.check(); err != nil {
 		t.whole = false
@@ -124,11 +128,14 @@ func (t *Tracker) Apply(d *Document) ([]Change, error) {
 	case d.Version != t.version+1:
 		t.whole, gap = false, fmt.Errorf("%w: version %d after %d", ErrGap, d.Version, t.version)
 	}
+	changes := w.settled()
+	if t.Own != nil { // nothing is kept of registrations without a contact of ours
+		w.next = slices.Clone(slices.DeleteFunc(w.next, func(r tracked) bool { return len(r.contacts) == 0 }))
+	}
 	t.regs, t.begun = w.next, true
 	if d.Versioned {
 		t.version = d.Version
 	}
-	changes := w.settled()
 	ended := slices.ContainsFunc(changes, func(c Change) bool { return c.Kind != ContactShortened })
 	if ended && t.Active() == 0 && t.whole {
 		changes = append(changes, Change{Kind: AllGone})
@@ -139,6 +146,7 @@ func (t *Tracker) Apply(d *Document) ([]Change, error) {
 // update is the work of one Apply: next is made from the old view and the document; the old view stays as it is.
 type update struct {
 	doc     *Document
+	own     func(aor, uri string) bool
 	old     []tracked
 	next    []tracked
 	changes []Change
@@ -183,7 +191,9 @@ func (w *update) active(r *Registration) {
 			w.changes = append(w.changes, Change{Kind: ContactTerminated, AOR: r.AOR, Contact: c})
 			continue
 		}
-		reg.contacts = append(reg.contacts, binding{c.ID, c.URI})
+		if w.own == nil || w.own(r.AOR, c.URI) {
+			reg.contacts = append(reg.contacts, binding{c.ID, c.URI})
+		}
 		if c.Event == Shortened && c.Expires.Set {
 			w.changes = append(w.changes, Change{Kind: ContactShortened, AOR: r.AOR, Contact: c})
 		}

@@ -83,6 +83,7 @@ func told(changes []Change) []string {
 	return out
 }
 
+// Peers: B3.15
 func TestTracker(t *testing.T) {
 	type step struct {
 		doc    string // "restart" begins a new subscription
@@ -273,5 +274,54 @@ func TestTableIsBounded(t *testing.T) {
 			t.Errorf("%v, %d registrations, version %d", err, len(tr.regs), tr.Version())
 		}
 		return
+	}
+}
+
+// A view that is limited to one contact stays small, whatever else is registered, and tells the same of that contact.
+func TestOwn(t *testing.T) {
+	tr := Tracker{Own: func(_, uri string) bool { return uri == "sip:u@1" }}
+	doc := func(state Completeness, regs ...Registration) *Document {
+		return &Document{Version: tr.version + 1, Versioned: true, State: state, Registrations: regs}
+	}
+	active := func(uris ...string) []Contact {
+		var out []Contact
+		for _, u := range uris {
+			out = append(out, Contact{ID: u, URI: u, State: Active})
+		}
+		return out
+	}
+	apply := func(d *Document) string {
+		t.Helper()
+		changes, err := tr.Apply(d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out []string
+		for _, c := range changes {
+			out = append(out, c.Kind.String()+" "+c.AOR+" "+c.Contact.URI)
+		}
+		return strings.Join(out, "; ")
+	}
+	both := Registration{AOR: "sip:a", ID: "a", State: Active, Contacts: active("sip:u@2", "sip:u@1")}
+	others := Registration{AOR: "sip:b", ID: "b", State: Active, Contacts: active("sip:u@2", "sip:u@3")}
+	if got := apply(doc(Full, both, others)); got != "" || len(tr.regs) != 1 || tr.Active() != 1 || !tr.Bound("sip:a", "sip:u@1") {
+		t.Errorf("%q, view %+v", got, tr.regs)
+	}
+	both.Contacts = active("sip:u@1")
+	if got := apply(doc(Full, both)); got != "" {
+		t.Errorf("others were missed: %s", got)
+	}
+	both.Contacts = active("sip:u@2")
+	if got := apply(doc(Full, both)); got != "contact_terminated sip:a sip:u@1; all_gone  " || len(tr.regs) != 0 {
+		t.Errorf("%q, view %+v", got, tr.regs)
+	}
+	// The registrar has restarted and numbers anew: the address of record is active, if not with our contact.
+	old, renewed := both, both
+	old.State, old.Contacts, renewed.ID = Terminated, nil, "a2"
+	if got := apply(doc(Full, old, renewed)); got != "" {
+		t.Errorf("registration taken for terminated: %s", got)
+	}
+	if got := apply(doc(Partial, old)); got != "registration_terminated sip:a ; all_gone  " {
+		t.Errorf("explicit end of a registration: %s", got)
 	}
 }

@@ -15,7 +15,6 @@ import (
 
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/sa"
-	"github.com/gmgate/gmgate/control/secagree"
 	"github.com/gmgate/gmgate/control/wheel"
 )
 
@@ -42,6 +41,9 @@ const hardMargin = time.Minute
 
 // resetGrace is how long the SAs of a set outlive its connections.
 const resetGrace = 100 * time.Millisecond
+
+// queueSlack is how many sets which no longer wait may stay in the queue of unconfirmed ones, beside as many as wait.
+const queueSlack = 64
 
 // How often the backend is asked to move a hard limit, and how long after a refusal.
 const (
@@ -164,6 +166,17 @@ func (u *UE) Unbind(impu string) (left bool) {
 	return len(u.Bindings) > 0
 }
 
+// Withdraw takes one identity out of the implicit sets of a UE that stays registered with others of the same set.
+func (u *UE) Withdraw(identity string) {
+	for i := range u.Bindings {
+		b := &u.Bindings[i]
+		if len(b.Associated) > 1 { // without any the set would be taken for that of IMPU alone
+			b.Associated = slices.DeleteFunc(slices.Clone(b.Associated), func(id string) bool { return id == identity })
+		}
+	}
+	u.gatherIdentities()
+}
+
 func (u *UE) gatherIdentities() {
 	u.Identities = nil
 	for _, b := range u.Bindings {
@@ -189,15 +202,13 @@ type Set struct {
 	Phase  sa.Phase
 	Serial uint8 // distinguishes the live sets of one UE in flow tokens
 
-	Server     secagree.List // Security-Server as sent in SM6
-	ServerText string        // the same, byte for byte
-	Client     secagree.List // Security-Client of SM1
-	ClientText string        // its header rows, one per line
-	CallID     string        // of SM1
-	IMPU       string        // of SM1
-	Over       *Set          // the set which SM1 came over; nil: it came in clear
-	OverTCP    bool          // SM7 came over TCP: so do requests to the UE
-	Used       bool          // a message other than SM7 came in on it
+	ServerText string // Security-Server as sent in SM6
+	ClientText string // Security-Client of SM1, rows joined by a newline
+	CallID     string // of SM1
+	IMPU       string // of SM1
+	Over       *Set   // the set which SM1 came over; nil: it came in clear
+	OverTCP    bool   // SM7 came over TCP: so do requests to the UE
+	Used       bool   // a message other than SM7 came in on it
 
 	// What the operator's policy says of the traffic; the zero values are the rules of TS 33.203.
 	Requests        ims.Transport // of requests to the UE
@@ -213,6 +224,7 @@ type Set struct {
 	initial  bool          // SM1 came in clear
 	removing bool          // told to go, waiting for its grace
 	kept     bool          // by the journal
+	began    time.Time
 }
 
 // Dropped reports whether the set was told to go.
@@ -266,7 +278,7 @@ type Table struct {
 	// unconfirmed counts the sets of initial registrations that nobody has proved to be entitled to, by source.
 	unconfirmed map[netip.Prefix]int
 	pending     int    // their sum
-	queue       []*Set // in the order of their beginning, confirmed and dead ones among them
+	queue       []*Set // in the order of their beginning, some confirmed and dead ones among them
 	nextID      uint64
 }
 
@@ -293,20 +305,21 @@ func Source(a netip.Addr) netip.Prefix {
 	return p
 }
 
-// DropOldest ends the oldest set that waits for its authentication. It reports false when none does.
-func (t *Table) DropOldest() bool {
+// Oldest returns the set that has waited longest for its authentication, and since when; nil when none does.
+func (t *Table) Oldest() (*Set, time.Time) {
 	for len(t.queue) > 0 {
-		s := t.queue[0]
+		if s := t.queue[0]; s.waits() {
+			return s, s.began
+		}
 		t.queue[0] = nil
 		t.queue = t.queue[1:]
-		if s.waits() {
-			t.remove(s)
-			return true
-		}
 	}
 	t.queue = nil
-	return false
+	return nil, time.Time{}
 }
+
+// Evict ends a set that waits for its authentication, to make room for another one.
+func (t *Table) Evict(s *Set) { t.remove(s) }
 
 // Unconfirmed returns how many SA sets of initial registrations wait for their authentication: those of one source, and
 // of all.
@@ -333,6 +346,12 @@ func (t *Table) account(s *Set, before bool) {
 	t.pending--
 	if t.unconfirmed[source]--; t.unconfirmed[source] == 0 {
 		delete(t.unconfirmed, source)
+	}
+	switch {
+	case t.pending == 0:
+		t.queue = nil
+	case len(t.queue) > 2*t.pending+queueSlack: // as many have gone since the last time as this walks over, about
+		t.queue = slices.DeleteFunc(t.queue, func(o *Set) bool { return !o.waits() })
 	}
 }
 
@@ -499,7 +518,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	}
 	t.nextID++
 	s := &Set{
-		UE: u, Phase: sa.Reserved, await: await, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over,
+		UE: u, Phase: sa.Reserved, await: await, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over, began: t.now(),
 		Params: sa.Params{
 			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
 			Local: o.Local, UE: o.UE,
@@ -727,6 +746,25 @@ func (t *Table) Refresh(s *Set, life time.Duration) {
 	}
 }
 
+// Shorten lets the sets of a UE live no longer than this from now: the registrar has shortened the registration
+// (TS 24.229 §5.2.3). It never prolongs, and leaves sets alone that wait for their authentication or were told to go.
+func (t *Table) Shorten(u *UE, life time.Duration) {
+	life = max(life, 0)
+	for _, s := range slices.Clone(u.Sets) {
+		if s.Phase != sa.Established && s.Phase != sa.Old || s.removing || s.Deadline.Sub(t.now()) <= life {
+			continue
+		}
+		t.arm(s, life)
+		s.Hard = life + hardMargin
+		// A backend that refuses keeps the longer limit: no harm, since we end the set ourselves.
+		t.installer.Extend(s.Params, s.Hard, func(error) {})
+		if s.Phase == sa.Old && u.Current == s {
+			t.armOld(s)
+		}
+	}
+	t.Changed(u)
+}
+
 // extend sets the life of a set here and the backstop in the backend.
 func (t *Table) extend(s *Set, life time.Duration) {
 	t.arm(s, life)
@@ -792,12 +830,20 @@ func (t *Table) Hold(s *Set, d time.Duration) {
 
 // Deregister ends the registration: the sets stay for the grace so that answers and NOTIFY requests still reach the UE
 // (TS 24.229 §5.2.5.1), then they go.
-func (t *Table) Deregister(u *UE, grace time.Duration) {
+func (t *Table) Deregister(u *UE, grace time.Duration) { t.deregister(u, grace, sa.Reserved) }
+
+// Dismiss is Deregister on the word of the core. It leaves a temporary set alone: a phone that was told to register again
+// may have begun before we hear of it.
+func (t *Table) Dismiss(u *UE, grace time.Duration) {
+	t.deregister(u, grace, sa.Reserved, sa.Temporary)
+}
+
+func (t *Table) deregister(u *UE, grace time.Duration, spared ...sa.Phase) {
 	t.register(u, Ended)
 	u.Ended = t.now()
 	t.Changed(u)
 	for _, s := range u.Sets {
-		if s.Phase != sa.Reserved {
+		if !slices.Contains(spared, s.Phase) {
 			t.Drop(s, min(grace, max(0, s.Deadline.Sub(t.now()))))
 		}
 	}

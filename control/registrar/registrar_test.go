@@ -189,6 +189,8 @@ func TestInitialRegistration(t *testing.T) {
 }
 
 // R6.11: an authentication that never comes leaves nothing behind.
+//
+// Peers: A3.04a
 func TestAwaitAuth(t *testing.T) {
 	b := newBench(t)
 	s := b.begin(offer(0))
@@ -235,6 +237,8 @@ func TestDroppedWhileInstalling(t *testing.T) {
 }
 
 // R6.3, R6.5: after a re-authentication the old set carries requests until the new one is used, then it has 64*T1 left.
+//
+// Peers: B3.04
 func TestReauthentication(t *testing.T) {
 	b := newBench(t)
 	s1 := b.begin(offer(0))
@@ -273,6 +277,8 @@ func TestReauthentication(t *testing.T) {
 }
 
 // R6.6: an unused new set is taken into use when the old one has less than 64*T1 left.
+//
+// Peers: A1.25b
 func TestHandOverByTime(t *testing.T) {
 	b := newBench(t)
 	s1 := b.begin(offer(0))
@@ -381,6 +387,8 @@ func TestReboot(t *testing.T) {
 }
 
 // R1.7, E6: what another phone has is not taken.
+//
+// Peers: B3.01b
 func TestConflicts(t *testing.T) {
 	b := newBench(t)
 	s := b.begin(offer(0))
@@ -445,6 +453,8 @@ func TestGenerations(t *testing.T) {
 }
 
 // Every cell of the registration's table: what is not in it changes nothing.
+//
+// Peers: B1.03, B1.16
 func TestStates(t *testing.T) {
 	want := map[State][3]State{ // by event
 		Pending: {0, Registered, Deregistered}, Registered: {0, Registered, Deregistered},
@@ -503,4 +513,100 @@ func TestDiagrams(t *testing.T) {
 	if err != nil || string(got) != text {
 		t.Errorf("%s is not what the tables say (%v): run with -update", file, err)
 	}
+}
+
+// R5.53: a registration that the registrar has shortened takes its sets with it, and never lives longer for it.
+func TestShorten(t *testing.T) {
+	b := newBench(t)
+	first := b.begin(offer(1))
+	b.table.Confirm(first, time.Hour)
+	u := first.UE
+	b.table.Shorten(u, 2*time.Hour)
+	if got := first.Deadline.Sub(b.now); got != time.Hour {
+		t.Errorf("prolonged to %v", got)
+	}
+	second := offer(2)
+	second.Over = first
+	s := b.begin(second)
+	await := s.Deadline
+	b.table.Shorten(u, 10*time.Second)
+	if got := first.Deadline.Sub(b.now); got != 10*time.Second || first.Hard != 10*time.Second+hardMargin {
+		t.Errorf("set lives for %v, in the backend for %v", got, first.Hard)
+	}
+	if s.Deadline != await {
+		t.Error("a set that waits for its authentication was shortened")
+	}
+	b.advance(11 * time.Second)
+	if first.Phase != sa.Dead {
+		t.Errorf("shortened set is %v after its time", first.Phase)
+	}
+}
+
+// An old set that is still in use hands over in time when both are shortened.
+func TestShortenOld(t *testing.T) {
+	b := newBench(t)
+	first := b.begin(offer(1))
+	b.table.Confirm(first, time.Hour)
+	second := offer(2)
+	second.Over = first
+	s := b.begin(second)
+	b.table.Confirm(s, time.Hour)
+	u := s.UE
+	if u.Current != first {
+		t.Fatal("the new set is in use already")
+	}
+	b.table.Shorten(u, old+10*time.Second)
+	b.advance(5 * time.Second)
+	if u.Current != first {
+		t.Error("handed over too early")
+	}
+	b.advance(6 * time.Second)
+	if u.Current != s {
+		t.Error("not handed over when 64*T1 were left")
+	}
+	b.table.Deregister(u, time.Minute)
+	b.table.Shorten(u, time.Second)
+	if got := s.Deadline.Sub(b.now); got != time.Minute {
+		t.Errorf("a set that was told to go in a minute goes in %v", got)
+	}
+	b.advance(old)
+	b.empty()
+}
+
+func TestWithdraw(t *testing.T) {
+	u := &UE{}
+	u.Bind(Binding{IMPU: "sip:temp", Associated: []string{"sip:a", "sip:b", "tel:a"}})
+	u.Bind(Binding{IMPU: "sip:c"})
+	u.Withdraw("sip:a")
+	if got := fmt.Sprint(u.Identities); got != "[sip:b tel:a sip:c]" {
+		t.Errorf("left: %s", got)
+	}
+	u.Withdraw("sip:c")
+	u.Withdraw("sip:b")
+	u.Withdraw("tel:a")
+	if got := fmt.Sprint(u.Identities); got != "[tel:a sip:c]" {
+		t.Errorf("the last identity of a set went: %s", got)
+	}
+}
+
+// A registration that the core has ended goes with its sets, but not one that the phone has begun meanwhile.
+func TestDismiss(t *testing.T) {
+	b := newBench(t)
+	first := b.begin(offer(1))
+	b.table.Confirm(first, time.Hour)
+	s := b.begin(offer(2)) // in clear, as if the phone had been told already
+	u := s.UE
+	b.table.Dismiss(u, time.Minute)
+	if u.State != Deregistered || !first.Dropped() || s.Dropped() {
+		t.Fatalf("%v, first set dropped: %t, temporary one: %t", u.State, first.Dropped(), s.Dropped())
+	}
+	b.table.Confirm(s, time.Hour)
+	b.advance(2 * time.Minute)
+	if u.State != Registered || u.Current != s || first.Phase != sa.Dead {
+		t.Errorf("%v, first set %v", u.State, first.Phase)
+	}
+	b.table.Dismiss(u, time.Second)
+	b.begin(offer(3))
+	b.advance(await + time.Second)
+	b.empty()
 }

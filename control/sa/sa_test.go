@@ -29,6 +29,7 @@ func TestSAs(t *testing.T) {
 	}
 }
 
+// Peers: B3.20
 func TestCounters(t *testing.T) {
 	c := Counters{7, 8, 100, 200}
 	if got := c.Max(Counters{9, 1, 101, 1}); got != (Counters{9, 8, 101, 200}) {
@@ -49,6 +50,8 @@ func TestCounters(t *testing.T) {
 }
 
 // Every cell of the table: what is not in it changes nothing.
+//
+// Peers: B1.16
 func TestPhases(t *testing.T) {
 	legal := map[Phase]map[Event]Phase{
 		Reserved:    {Acknowledged: Temporary, Refused: Dead, Removed: Dead},
@@ -79,6 +82,8 @@ func TestSPIPoolRefusesBadRanges(t *testing.T) {
 }
 
 // Every value is given out once, within the range, never one to avoid; a full pool says so; freed values come back.
+//
+// Peers: A1.03a, B1.13, B2.21a
 func TestSPIPool(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		first := ims.SPI(rapid.Uint32Range(256, 1<<32-1).Draw(t, "first"))
@@ -142,6 +147,8 @@ func TestSPIPoolReusesLate(t *testing.T) {
 }
 
 // Two pools over one range give different orders, and neighbours are no neighbours.
+//
+// Peers: A1.03b
 func TestSPIPoolIsUnpredictable(t *testing.T) {
 	a, _ := NewSPIPool(1<<28, 1<<32-1)
 	b, _ := NewSPIPool(1<<28, 1<<32-1)
@@ -164,6 +171,8 @@ func TestSPIPoolIsUnpredictable(t *testing.T) {
 }
 
 // What is reserved is not given out until it is freed.
+//
+// Peers: A1.03e
 func TestSPIPoolReserve(t *testing.T) {
 	p, err := NewSPIPool(1000, 1015)
 	if err != nil {
@@ -189,6 +198,8 @@ func TestSPIPoolReserve(t *testing.T) {
 }
 
 // Take stays O(1) on a pool that is nearly full.
+//
+// Peers: A1.03c, B2.22
 func TestSPIPoolProbes(t *testing.T) {
 	p, _ := NewSPIPool(1<<20, 1<<20+1<<16-1)
 	total := 0
@@ -203,6 +214,7 @@ func TestSPIPoolProbes(t *testing.T) {
 	}
 }
 
+// Peers: A1.03d
 func TestSplit(t *testing.T) {
 	next := uint64(256)
 	for k := range 3 {

@@ -48,6 +48,7 @@ func safeText(t testing.TB, err error) {
 	}
 }
 
+// Peers: A4.17a
 func TestHandsets(t *testing.T) {
 	samsung := "ipsec-3gpp;prot=esp;mod=trans;spi-c=0102030405;spi-s=0102030406;port-c=5100;port-s=6100;alg=hmac-md5-96;ealg=null"
 	var aosp []string
@@ -170,6 +171,7 @@ func TestHandsets(t *testing.T) {
 	}
 }
 
+// Peers: A1.27c
 func TestParseForms(t *testing.T) {
 	const plain = "ipsec-3gpp;alg=hmac-sha-1-96;ealg=null;prot=esp;mod=trans;spi-c=5000;spi-s=5001;port-c=6301;port-s=6300"
 	const two = plain + ", ipsec-3gpp;alg=hmac-sha-1-96;ealg=aes-cbc;prot=esp;mod=trans;spi-c=5000;spi-s=5001;port-c=6301;port-s=6300"
@@ -224,6 +226,7 @@ func TestParseForms(t *testing.T) {
 	}
 }
 
+// Peers: A1.27b
 func TestParseFields(t *testing.T) {
 	l := mustParse(t, "tls;q=0.2;x=1", `IPsec-3GPP;Q=.75;alg=HMAC-MD5-96;ealg=new-cipher;foo;spi-c=255;spi-s=4294967295;port-c=1;port-s=65535, sdes-srtp;mediasec`)
 	if len(l.Mechanisms) != 3 {
@@ -249,6 +252,7 @@ func TestParseFields(t *testing.T) {
 	}
 }
 
+// Peers: A3.08
 func TestParseErrors(t *testing.T) {
 	entry := "ipsec-3gpp;alg=hmac-sha-1-96" + tail
 	tests := []struct {
@@ -382,6 +386,7 @@ func TestSelectErrors(t *testing.T) {
 	}
 }
 
+// Peers: A1.28a
 func TestSelect(t *testing.T) {
 	e := func(s ims.Suite, q, rest string) string {
 		return fmt.Sprintf("ipsec-3gpp;alg=%s;ealg=%s%s%s", s.Alg, s.Enc, q, rest)
@@ -430,6 +435,7 @@ func TestSelect(t *testing.T) {
 	}
 }
 
+// Peers: B1.18
 func TestEqual(t *testing.T) {
 	const (
 		a = "ipsec-3gpp;q=0.9;alg=hmac-sha-1-96;ealg=aes-cbc;prot=esp;mod=trans;spi-c=1073741905;spi-s=1073741904;port-c=6111;port-s=6100"
@@ -520,6 +526,7 @@ func TestEqual(t *testing.T) {
 	}
 }
 
+// Peers: A1.05e
 func TestServerSuites(t *testing.T) {
 	ours := []ims.Suite{gcm, sha1AES, gmac, sha1Null, md5Null}
 	offer := func(s ...ims.Suite) List {
@@ -577,6 +584,7 @@ func TestServerAppend(t *testing.T) {
 	}
 }
 
+// Peers: B1.11b
 func TestQ(t *testing.T) {
 	good := map[string]uint16{
 		"0": 0, "1": 1000, "0.": 0, "1.": 1000, "0.0": 0, "1.000": 1000, "0.9": 900, "0.10": 100, "0.100": 100, "0.1000": 100,

@@ -81,6 +81,7 @@ func noZero(t *testing.T, name string, v reflect.Value) {
 	}
 }
 
+// Peers: B2.18b
 func TestCodecKeepsEveryField(t *testing.T) {
 	c := newCodec(t)
 	s, r, m := fullSet(), fullRegistration(), fullMeta()
@@ -152,6 +153,8 @@ func TestGoldenEncoding(t *testing.T) {
 }
 
 // R: nothing secret and nothing personal in clear, and no value opens anywhere else.
+//
+// Peers: A1.30c, B1.22
 func TestSealing(t *testing.T) {
 	c := newCodec(t)
 	s := fullSet()
@@ -366,6 +369,7 @@ func TestStrictDecoding(t *testing.T) {
 	}
 }
 
+// Peers: B1.22
 func TestSecretsDoNotPrint(t *testing.T) {
 	s, m := fullSet(), fullMeta()
 	b := Batch{Sets: []Set{s}}

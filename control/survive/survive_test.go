@@ -113,6 +113,8 @@ func count(o *Outcome) (ues, sets int) {
 }
 
 // After a crash the backend still holds everything: all is adopted and nothing touched.
+//
+// Peers: A1.22a
 func TestAdopted(t *testing.T) {
 	w := newWorld(t, 40)
 	w.install(w.sets...)
@@ -143,6 +145,8 @@ func TestAdopted(t *testing.T) {
 
 // After a reboot the backend is empty: everything is installed again, its outbound numbers past all that can have been
 // used, its inbound ones where they were. The mark is in the store first.
+//
+// Peers: A4.04c, B3.20
 func TestReinstalled(t *testing.T) {
 	w := newWorld(t, 40)
 	if err := w.store.Checkpoint(t.Context(), []store.Mark{{Set: w.sets[0].ID, Counters: sa.Counters{70, 80, 900, 1000}}}); err != nil {
@@ -181,6 +185,8 @@ func TestReinstalled(t *testing.T) {
 }
 
 // Each set for itself: some SAs are gone, some are left over, some sets have ended or cannot go on.
+//
+// Peers: A1.22b, B1.23, D1.03
 func TestMixed(t *testing.T) {
 	w := newWorld(t, 8)
 	over, orphan := w.sets[2], storetest.Set(99)

@@ -269,6 +269,8 @@ func TestAgainstRuntimeTimers(t *testing.T) {
 }
 
 // TestModel drives the wheel and a naive list of deadlines with the same random operations.
+//
+// Peers: B1.17, B2.22, B4.09
 func TestModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		type entry struct {

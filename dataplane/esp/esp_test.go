@@ -483,6 +483,8 @@ func againstModel(t *testing.T, rng *rand.Rand, size int, begin uint32) {
 }
 
 // TestReplay goes through the engine.
+//
+// Peers: B4.10
 func TestReplay(t *testing.T) {
 	o, in := pair(t, ims.Suites()[0], 64)
 	pkts := make([][]byte, 201)

@@ -133,6 +133,7 @@ func espOf(t testing.TB, packet string) []byte {
 	return b[20:]
 }
 
+// Peers: A3.07a
 func TestPacketVectors(t *testing.T) {
 	for _, v := range packetVectors {
 		t.Run(v.name, func(t *testing.T) {

@@ -275,6 +275,8 @@ func datagram(src, dst netip.AddrPort, body string) []byte {
 }
 
 // TestInboundDrops forges packets with the keys of phone 1 and looks at what the P-CSCF makes of them.
+//
+// Peers: A4.12
 func TestInboundDrops(t *testing.T) {
 	w := newWorld(t)
 	w.outsiders(t)
@@ -356,6 +358,8 @@ func TestInboundDrops(t *testing.T) {
 }
 
 // TestNothingLeavesInClear sends from the hidden namespace what no SA covers.
+//
+// Peers: B2.15
 func TestNothingLeavesInClear(t *testing.T) {
 	w := newWorld(t)
 	families(t, func(t *testing.T, v6 bool) {

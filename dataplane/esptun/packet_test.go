@@ -117,6 +117,8 @@ func TestRebuiltPacket(t *testing.T) {
 
 // The P-CSCF's end is made anew with the numbers it had, moved ahead: the phone's window accepts what comes next, and
 // what was captured before is refused.
+//
+// Peers: B3.20
 func TestRestart(t *testing.T) {
 	const before, block = 200, 5000
 	families(t, func(t *testing.T, v6 bool) {
@@ -490,6 +492,7 @@ func TestDestinationFilter(t *testing.T) {
 	}
 }
 
+// Peers: C2.14
 func TestReasons(t *testing.T) {
 	seen := make(map[string]bool)
 	for _, r := range Reasons() {

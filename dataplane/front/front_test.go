@@ -62,6 +62,8 @@ func TestConfig(t *testing.T) {
 }
 
 // TestAddressInUse: SO_REUSEPORT must not make two fronts share an address silently. Nothing may be left behind.
+//
+// Peers: B1.04
 func TestAddressInUse(t *testing.T) {
 	for _, l := range []Listener{
 		{Addr: loop4, Side: ims.Mw, UDP: true, Worker: -1},
@@ -196,6 +198,8 @@ func TestHidden(t *testing.T) {
 }
 
 // TestPlaceholders checks that every socket is where it belongs, with its options, and no placeholder is left.
+//
+// Peers: A1.01, B1.04
 func TestPlaceholders(t *testing.T) {
 	ns := namespace(t, "10.99.0.1/32", "2001:db8::1/128")
 	cfg := Config{Workers: 3, Hidden: ns}
@@ -616,6 +620,7 @@ func TestLog(t *testing.T) {
 	}
 }
 
+// Peers: B5.11
 func TestStatsNames(t *testing.T) {
 	seen := map[string]bool{}
 	for _, d := range Drops() {

@@ -104,6 +104,8 @@ func (o outcome) equal(p outcome) bool {
 }
 
 // TestPongs: one for each read, none to a peer that does not read.
+//
+// Peers: B5.02
 func TestPongs(t *testing.T) {
 	pings := []byte(strings.Repeat("\r\n\r\n", 1000))
 	for _, tt := range []struct{ size, wait, want int }{
@@ -136,6 +138,8 @@ func TestStreamCuts(t *testing.T) {
 }
 
 // TestStreamLimit: what is too large is refused as soon as that is known, however it comes.
+//
+// Peers: B5.04
 func TestStreamLimit(t *testing.T) {
 	cfg := Config{MaxMessage: 1000}
 	for _, tt := range []struct {
@@ -155,6 +159,8 @@ func TestStreamLimit(t *testing.T) {
 }
 
 // TestStreamFragments: a large header is not scanned again for each octet of the body without end.
+//
+// Peers: B5.04
 func TestStreamFragments(t *testing.T) {
 	head := strings.Replace(sip("1", 20000), "\r\n", "\r\nX: "+strings.Repeat("x", 40000)+"\r\n", 1)
 	got := play(t, Config{}, []byte(head), func(i int) int { return []int{len(head) - 20000, 1}[min(i, 1)] })

@@ -21,6 +21,8 @@ import (
 )
 
 // TestTCPFraming sends the same stream cut in many ways.
+//
+// Peers: C1.10
 func TestTCPFraming(t *testing.T) {
 	f, events := run(t, Config{Listeners: []Listener{gm(loop4), gm(loop6)}}, recorder{})
 	msgs := []string{sip("1", 0), sip("2", 1), sip("3", 300), sip("4", 60000)}
@@ -152,6 +154,8 @@ func TestTCPBuffered(t *testing.T) {
 }
 
 // TestTCPPong: a lone CRLF is what a pong looks like, so it may stay for ever.
+//
+// Peers: B5.03
 func TestTCPPong(t *testing.T) {
 	ticks := make(chan struct{}, 100)
 	f, events := run(t, Config{Listeners: []Listener{gm(loop4)}, PartialTimeout: time.Millisecond, Tick: time.Millisecond},
@@ -177,6 +181,7 @@ func TestTCPPong(t *testing.T) {
 	mustEqual(t, "message", expect(t, events, "message").msg, msg)
 }
 
+// Peers: B5.07
 func TestTCPOutboundCap(t *testing.T) {
 	overflow := make(chan error, 1)
 	f, events := run(t, Config{Listeners: []Listener{gm(loop4)}, MaxOutbound: 1 << 20}, recorder{
@@ -208,6 +213,7 @@ func TestTCPOutboundCap(t *testing.T) {
 	mustEqual(t, "panics", s.Panics, 0)
 }
 
+// Peers: C2.09
 func TestTCPIdle(t *testing.T) {
 	f, events := run(t, Config{Listeners: []Listener{gm(loop4)}, IdleTimeout: 50 * time.Millisecond}, recorder{onMsg: echo})
 	c := tcpPeer(t, f.Listeners()[0].Addr)
@@ -371,6 +377,8 @@ func TestClampConnections(t *testing.T) {
 
 // TestProtectedReset: whatever ends a connection of the protected side, nothing of it stays in the kernel that would send
 // once the SAs are gone. The other sides end in the usual way.
+//
+// Peers: C2.09
 func TestProtectedReset(t *testing.T) {
 	for _, tt := range []struct {
 		name string
@@ -423,6 +431,8 @@ func TestProtectedReset(t *testing.T) {
 }
 
 // TestOutboundTotal: of peers that do not read only so many are kept, and others are served meanwhile.
+//
+// Peers: B5.07
 func TestOutboundTotal(t *testing.T) {
 	const fill = 300 << 10
 	results := make(chan error, 1)
@@ -487,6 +497,8 @@ func TestOutboundTotal(t *testing.T) {
 }
 
 // TestDialQueues: dials to phones that do not answer do not delay one to the core.
+//
+// Peers: B5.06, C1.10
 func TestDialQueues(t *testing.T) {
 	f, events := run(t, Config{DialTimeout: time.Hour, MaxDials: 1}, recorder{})
 	full := fullBacklog(t)
@@ -512,6 +524,8 @@ func TestDialQueues(t *testing.T) {
 }
 
 // TestLoneCR: what may wait for long takes no buffer, and buffers count with their whole size.
+//
+// Peers: B5.03
 func TestLoneCR(t *testing.T) {
 	f, events := run(t, Config{Listeners: []Listener{gm(loop4)}}, recorder{})
 	at := f.Listeners()[0].Addr
@@ -604,6 +618,8 @@ func listen(t *testing.T, addr string) net.Listener {
 }
 
 // TestDial connects from the port of a listener to two peers, and from any port.
+//
+// Peers: C1.02, C1.03
 func TestDial(t *testing.T) {
 	for _, addr := range []netip.AddrPort{loop4, loop6} {
 		f, events := run(t, Config{Listeners: []Listener{gm(addr)}, TCPMaxSeg: 1000}, recorder{onDial: func(w *Worker, c ims.ConnID) {
@@ -783,6 +799,8 @@ func TestConnIDs(t *testing.T) {
 
 // TestAcceptWithoutDescriptors lets the process run out of descriptors for a while: accepting goes on afterwards, and UDP
 // meanwhile.
+//
+// Peers: C1.10
 func TestAcceptWithoutDescriptors(t *testing.T) {
 	f, events := run(t, Config{Listeners: []Listener{gm(loop4)}}, recorder{onMsg: echo})
 	at := f.Listeners()[0].Addr

@@ -216,6 +216,8 @@ func TestFlushErrors(t *testing.T) {
 
 // TestTwoWorkers has peers of both workers: the steering program and, with it off, the hand-over bring each message to
 // its owner.
+//
+// Peers: A1.03d
 func TestTwoWorkers(t *testing.T) {
 	for _, family := range []struct {
 		name  string

@@ -162,6 +162,8 @@ func TestBackend(t *testing.T) {
 
 // TestRestart lets the P-CSCF's process end and another one take over. The phone, which kept its SAs, notices nothing, and
 // nobody gains by having recorded its packets.
+//
+// Peers: B3.20
 func TestRestart(t *testing.T) {
 	l := newLink(t)
 	must := mustOf(t)

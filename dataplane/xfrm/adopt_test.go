@@ -359,6 +359,8 @@ func TestEndDuringAdopt(t *testing.T) {
 }
 
 // TestDetach: removals that wait are carried out, the rest stays for the next process.
+//
+// Peers: A1.22c
 func TestDetach(t *testing.T) {
 	k := newFakeKernel()
 	b, err := newBackend(testConfig(), k)

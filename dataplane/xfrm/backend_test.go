@@ -96,6 +96,8 @@ func TestInstallRemove(t *testing.T) {
 }
 
 // TestRollback: whichever SA the kernel refuses, nothing of the set stays, a foreign SA stays, and done gets the errno.
+//
+// Peers: B2.08
 func TestRollback(t *testing.T) {
 	for i := range 4 {
 		t.Run(fmt.Sprintf("SA %d", i+1), func(t *testing.T) {
@@ -124,6 +126,8 @@ func TestRollback(t *testing.T) {
 }
 
 // TestLostAck: an SA whose acknowledgement got lost is removed if it is ours and left alone if it is not.
+//
+// Peers: B1.15
 func TestLostAck(t *testing.T) {
 	k := newFakeKernel()
 	b := newFake(t, k, testConfig())
@@ -159,6 +163,8 @@ func TestLostAck(t *testing.T) {
 }
 
 // TestBatch: waiting requests share a system call, and a failure in the middle concerns its own set only.
+//
+// Peers: A1.34, B1.15
 func TestBatch(t *testing.T) {
 	k := newFakeKernel()
 	b := newFake(t, k, testConfig())
@@ -567,6 +573,8 @@ func TestJudge(t *testing.T) {
 }
 
 // TestWindowFallback: a kernel that refuses the large window gets 32 and the operator a log line.
+//
+// Peers: B1.14
 func TestWindowFallback(t *testing.T) {
 	k := newFakeKernel()
 	added := 0

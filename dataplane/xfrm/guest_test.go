@@ -55,6 +55,8 @@ func wantStates(t *testing.T, b *Backend, want int) {
 }
 
 // TestGuestSuites installs and removes every pair for both families and looks at what the kernel made of it.
+//
+// Peers: A1.07, B1.12, B1.14, B2.06
 func TestGuestSuites(t *testing.T) {
 	needESP(t)
 	ns := newNS(t, "suites")
@@ -106,6 +108,8 @@ func TestGuestSuites(t *testing.T) {
 }
 
 // TestGuestRollback: the third SA exists already; nothing of the set stays and the foreign one does.
+//
+// Peers: A1.05a
 func TestGuestRollback(t *testing.T) {
 	needESP(t)
 	ns := newNS(t, "rollback")
@@ -139,6 +143,8 @@ func TestGuestRollback(t *testing.T) {
 }
 
 // TestGuestForeign: states and policies of other programs survive New, Close and the clean-up after a crash.
+//
+// Peers: A1.06, A1.08a, A1.22b, C2.03
 func TestGuestForeign(t *testing.T) {
 	needESP(t)
 	ns := newNS(t, "foreign")
@@ -190,6 +196,8 @@ func TestGuestForeign(t *testing.T) {
 
 // TestGuestInUse: a second daemon in the namespace is refused and disturbs nothing, also when the first was killed and
 // is back.
+//
+// Peers: A1.08b
 func TestGuestInUse(t *testing.T) {
 	f := newField(t)
 	p := testSet(0, false, gcm)
@@ -275,6 +283,8 @@ func within(t *testing.T, b *Backend, n int, deadline time.Duration) time.Durati
 }
 
 // TestGuestExpiry: the kernel removes a set by itself when its hard limit passes, and Remove then is no error.
+//
+// Peers: A1.09a
 func TestGuestExpiry(t *testing.T) {
 	needESP(t)
 	t.Parallel()
@@ -302,6 +312,8 @@ func TestGuestExpiry(t *testing.T) {
 
 // TestGuestExtend moves hard limits in every direction. All limits differ by seconds, so that a slow machine does not
 // turn one case into the other.
+//
+// Peers: A1.09a, B3.02
 func TestGuestExtend(t *testing.T) {
 	needESP(t)
 	t.Parallel()

@@ -110,6 +110,8 @@ func testConn(t *testing.T, ns *hostnet.NS) *conn {
 }
 
 // TestProbe: whatever the kernel, the answer is conclusive and nothing stays behind.
+//
+// Peers: A4.13b, D2.07
 func TestProbe(t *testing.T) {
 	ns := newNS(t, "probe")
 	s := Probe(ns)
@@ -139,6 +141,8 @@ func TestProbe(t *testing.T) {
 }
 
 // TestNewWithoutESP: New fails with a typed error and leaves nothing behind.
+//
+// Peers: A4.13b
 func TestNewWithoutESP(t *testing.T) {
 	ns := newNS(t, "noesp")
 	if s := Probe(ns); s.Err() == nil {
@@ -194,6 +198,8 @@ func TestLock(t *testing.T) {
 }
 
 // TestPolicies: the constant policies come and go, foreign ones stay, leftovers are taken over.
+//
+// Peers: A1.08a, B2.10
 func TestPolicies(t *testing.T) {
 	ns := newNS(t, "policies")
 	c := testConn(t, ns)
@@ -277,6 +283,8 @@ func awaitPolicies(t *testing.T, c *conn, n int) {
 }
 
 // TestKernelErrors: refusals keep their errno, and a batch goes on after one.
+//
+// Peers: A1.05a, B2.08, C2.03
 func TestKernelErrors(t *testing.T) {
 	c := testConn(t, newNS(t, "errors"))
 	ps := constantPolicies([]netip.Addr{gm4}, []uint16{serverPS}, DefaultReqID)

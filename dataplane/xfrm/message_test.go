@@ -190,6 +190,7 @@ func TestLifetime(t *testing.T) {
 	}
 }
 
+// Peers: B2.06
 func TestCipherTable(t *testing.T) {
 	for _, s := range ims.Suites() {
 		c, err := cipherOf(s)

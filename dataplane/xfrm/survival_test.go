@@ -55,6 +55,8 @@ func survivors(t *testing.T, f *field) (all, talking []sa.Params) {
 }
 
 // TestGuestAdopt: 40 phones survive kill -9. Nothing about their SAs changes, and they talk before, meanwhile and after.
+//
+// Peers: A1.22a
 func TestGuestAdopt(t *testing.T) {
 	f := newField(t)
 	all, talking := survivors(t, f)
@@ -116,6 +118,8 @@ func TestGuestAdopt(t *testing.T) {
 
 // TestGuestReboot: the states are lost, and installed again with the sequence numbers of the last checkpoint. The phones
 // accept what comes, and what they had sent before is not accepted again.
+//
+// Peers: A4.04c, B3.20
 func TestGuestReboot(t *testing.T) {
 	families(t, func(t *testing.T, v6 bool) {
 		for _, window := range []int{legacyWindow, DefaultWindow, 100} {
@@ -237,6 +241,8 @@ func TestGuestAdoptLimit(t *testing.T) {
 }
 
 // TestGuestExpired: the kernel's word that a hard limit has passed arrives, once for a set.
+//
+// Peers: A1.09b
 func TestGuestExpired(t *testing.T) {
 	needESP(t)
 	t.Parallel()
@@ -275,6 +281,8 @@ func TestGuestExpired(t *testing.T) {
 }
 
 // TestGuestDetach: between Detach and Adopt the SAs work, and nothing else does.
+//
+// Peers: A1.22c, B1.23
 func TestGuestDetach(t *testing.T) {
 	f := newField(t)
 	all, talking := survivors(t, f)

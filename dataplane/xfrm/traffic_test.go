@@ -358,6 +358,8 @@ func families(t *testing.T, f func(t *testing.T, v6 bool)) {
 }
 
 // TestTrafficSuites carries UDP both ways through every pair and sees nothing but ESP on the wire.
+//
+// Peers: A1.29a, A4.08
 func TestTrafficSuites(t *testing.T) {
 	f := newField(t)
 	c := newCapture(t, f)
@@ -385,6 +387,8 @@ func TestTrafficSuites(t *testing.T) {
 }
 
 // TestTrafficTCP opens connections from both ends over one set and carries data both ways.
+//
+// Peers: A1.07, A4.02, C2.16
 func TestTrafficTCP(t *testing.T) {
 	f := newField(t)
 	c := newCapture(t, f)
@@ -463,6 +467,8 @@ func dial(ns *hostnet.NS, from, to netip.AddrPort, timeout time.Duration, c cont
 
 // TestTrafficClear: clear packets to protected ports die, from strangers and from the very tuple of an SA, over UDP and
 // TCP, to every protected port; the SA beside them keeps working.
+//
+// Peers: A1.08c, B2.14
 func TestTrafficClear(t *testing.T) {
 	f := newField(t)
 	c := newCapture(t, f)
@@ -563,6 +569,8 @@ func TestTrafficForeignSource(t *testing.T) {
 
 // TestTrafficNoSA: without SA nothing leaves a protected port, neither before Install nor after Remove, and ESP for
 // removed SAs is not delivered.
+//
+// Peers: B2.15
 func TestTrafficNoSA(t *testing.T) {
 	f := newField(t)
 	c := newCapture(t, f)

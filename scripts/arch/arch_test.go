@@ -36,13 +36,13 @@ var allowed = map[string][]string{
 	"control/policy":    {"control/ims"},
 	"control/sa":        {"control/ims", "control/secagree", "control/aka", "control/sa"},
 	"control/store":     {"control/ims", "control/sa", "control/store"},
-	"control/observe":   {"control/ims", "dataplane/sipmsg"},
+	"control/observe":   {"control/ims", "control/observe", "dataplane/sipmsg"},
 	"control/reginfo":   {},
 	"control/regevent":  {"control/ims", "control/reginfo", "dataplane/sipmsg"},
 	"control/registrar": {"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel"},
 	"control/proxy": {
 		"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel", "control/registrar",
-		"control/observe", "control/policy", "control/store", "dataplane/sipmsg",
+		"control/observe", "control/policy", "control/regevent", "control/reginfo", "control/store", "dataplane/sipmsg",
 	},
 	"control/survive": {"control/ims", "control/sa", "control/store"},
 	// The operator's side of proxy: nobody but cmd imports it.
