@@ -160,7 +160,11 @@ func (f *findings) checkRegister(c *Core, in *incoming) {
 		}
 		f.add(p.Count("integrity-protected") <= 1, "integrity-protected more than once")
 		if v, ok := p.Lookup("integrity-protected"); ok {
-			f.add(v == "yes" || v == "no", "integrity-protected is %q", v)
+			c.mu.Lock()
+			acc := c.byIMPI[p.Get("username")]
+			c.mu.Unlock()
+			assoc := acc != nil && acc.sub.Password != "" && (v == "ip-assoc-pending" || v == "ip-assoc-yes")
+			f.add(v == "yes" || v == "no" || assoc, "integrity-protected is %q", v)
 		}
 	}
 }

@@ -25,6 +25,7 @@ type Subscriber struct {
 	K, OPc       [16]byte
 	AMF          [2]byte
 	SQN          uint64 // the sequence number used last; challenges start above it
+	Password     string // registers with SIP digest instead of AKA (TS 33.203 Annex N)
 }
 
 // TemporaryIMPU returns the barred public identity that is derived from the private one (TS 23.003 §13.4B).
@@ -67,6 +68,7 @@ type account struct {
 	ended   *Binding // the last one, if there is none
 	left    bool     // was registered and is not any more
 	rounds  int      // right responses challenged again so far
+	nonce   string   // of the last SIP digest challenge
 	watch   []*subscription
 }
 
@@ -119,6 +121,9 @@ func (c *Core) registrar(in *incoming, b Behaviour) *sipwire.Message {
 	if acc == nil || err != nil || c.owner(to.URI) != acc {
 		return sipwire.Response(m, 403, sipwire.Token())
 	}
+	if acc.sub.Password != "" {
+		return c.digestRegistrar(in, acc, p)
+	}
 	integrity := p.Get("integrity-protected")
 
 	c.mu.Lock()
@@ -167,6 +172,35 @@ func (c *Core) registrar(in *incoming, b Behaviour) *sipwire.Message {
 		return c.accept200(in, acc, last)
 	}
 	return c.challenge(in, acc, b)
+}
+
+// digestRegistrar is the S-CSCF's handling of SIP digest without TLS (TS 24.229 §5.4.1.2.1A): every REGISTER needs a response.
+func (c *Core) digestRegistrar(in *incoming, acc *account, p sipwire.Params) *sipwire.Message {
+	m := in.msg
+	c.mu.Lock()
+	nonce, bound := acc.nonce, acc.binding != nil && time.Now().Before(acc.binding.Expires)
+	if p.Get("response") == "" {
+		acc.nonce = sipwire.Token()
+		nonce = acc.nonce
+	}
+	c.mu.Unlock()
+	integrity := p.Get("integrity-protected")
+	if p.Get("response") == "" {
+		if integrity != "no" {
+			c.problem(in.seen, fmt.Sprintf("integrity-protected is %q in a REGISTER in clear without a response", integrity))
+		}
+		r := sipwire.Response(m, 401, sipwire.Token())
+		r.Add("WWW-Authenticate", fmt.Sprintf(`Digest realm="%s",nonce="%s",algorithm=MD5,qop="auth"`, c.cfg.Domain, nonce))
+		return r
+	}
+	want, err := c.digest(m, p, digestaka.Vector{RES: []byte(acc.sub.Password)})
+	if err != nil || nonce == "" || p.Get("nonce") != nonce || want != p.Get("response") {
+		return sipwire.Response(m, 403, sipwire.Token())
+	}
+	if state := map[bool]string{false: "ip-assoc-pending", true: "ip-assoc-yes"}[bound]; integrity != state {
+		c.problem(in.seen, fmt.Sprintf("integrity-protected is %q, want %s", integrity, state))
+	}
+	return c.accept200(in, acc, nil)
 }
 
 // owner returns the account a public identity belongs to.

@@ -121,6 +121,7 @@ type fixtureConfig struct {
 	oldSet   time.Duration  // timers.old_set, default oldSet
 	await    time.Duration  // timers.reg_await_auth, default regAwaitAuth
 	log      int            // messages that the core keeps, default its own
+	digest   int            // the last ones register with SIP digest
 }
 
 // fixture is a running network.
@@ -180,6 +181,9 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 		cfg.subs = 32
 	}
 	f.subs = core.Subscribers(cfg.subs, domain)
+	for i := range cfg.digest {
+		f.subs[cfg.subs-1-i].Password = "secret"
+	}
 	logger := slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	plan := f.lab.Plan()
 	if !cfg.coreAddr.IsValid() {

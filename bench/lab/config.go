@@ -31,6 +31,7 @@ type DaemonOptions struct {
 	Workers         int         // default 2, so that hand-over between workers is exercised
 	Suites          []ims.Suite // security.algorithms, in order
 	SecurityServer  string      // security.security_server: chosen, list
+	IPsec           string      // security.ipsec: require, allow, forbid
 	ClearRequests   string      // gm.clear_requests: reject, drop
 	MwTransport     string      // mw.transport: udp, tcp
 	NextHops        []string    // default: the lab's core
@@ -70,7 +71,7 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 	fmt.Fprintf(&b, "gm:\n  addresses: %s\n  port: %d\n  server_ports: %s\n  client_ports: %s\n",
 		list(gm), PortClear, ports(ServerPorts), ports(ClientPorts))
 	option(&b, "  clear_requests", o.ClearRequests)
-	if len(o.Suites) > 0 || o.SecurityServer != "" {
+	if len(o.Suites) > 0 || o.SecurityServer != "" || o.IPsec != "" {
 		b.WriteString("security:\n")
 		if len(o.Suites) > 0 {
 			names := make([]string, len(o.Suites))
@@ -80,6 +81,7 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 			fmt.Fprintf(&b, "  algorithms: %s\n", list(names))
 		}
 		option(&b, "  security_server", o.SecurityServer)
+		option(&b, "  ipsec", o.IPsec)
 	}
 	fmt.Fprintf(&b, "mw:\n  addresses: %s\n  port: %d\n  next_hops: %s\n  visited_network: ims.mnc001.mcc001.3gppnetwork.org\n",
 		list(mw), PortMw, list(hops))

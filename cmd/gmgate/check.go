@@ -20,8 +20,9 @@ func checkMain(args []string, stdout, stderr io.Writer) int {
 		report(stderr, err)
 		return 1
 	}
-	_, _ = fmt.Fprintf(stdout, "%s: ok: %d Gm and %d Mw addresses, %d workers, algorithms %v\n",
-		file, len(cfg.Gm.Addresses), len(cfg.Mw.Addresses), cfg.WorkerCount(), cfg.Security.Suites())
+	_, _ = fmt.Fprintf(stdout, "%s: ok: %d Gm and %d Mw addresses, %d workers, algorithms %v, ipsec %s, %d rules\n",
+		file, len(cfg.Gm.Addresses), len(cfg.Mw.Addresses), cfg.WorkerCount(), cfg.Security.Suites(), cfg.Security.IPsec,
+		len(cfg.Security.Rules))
 	return 0
 }
 

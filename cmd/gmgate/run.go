@@ -18,6 +18,7 @@ import (
 	"github.com/gmgate/gmgate/control/config"
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/policy"
 	"github.com/gmgate/gmgate/control/proxy"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
@@ -69,11 +70,15 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 	defer func() { err = errors.Join(err, keep.release(back)) }()
 	back.observe(metrics)
 
+	rules, err := compileRules(cfg, back.suites)
+	if err != nil {
+		return err
+	}
 	key, err := keep.tokenKey()
 	if err != nil {
 		return err
 	}
-	shared := proxyConfig(cfg, back.suites(cfg.Security.Suites()), fleet, key)
+	shared := proxyConfig(cfg, rules, back.suites(cfg.Security.Suites()), fleet, key)
 	if err := keep.load(ctx, cfg, shared, back); err != nil {
 		return err
 	}
@@ -156,17 +161,20 @@ func (m measured) timed(op string, done func(error)) func(error) {
 }
 
 // proxyConfig translates the configuration for the workers.
-func proxyConfig(cfg *config.Config, suites []ims.Suite, fleet *proxy.Fleet, tokens ims.Key) *proxy.Config {
+func proxyConfig(cfg *config.Config, rules *policy.Rules, suites []ims.Suite, fleet *proxy.Fleet, tokens ims.Key) *proxy.Config {
 	p := &proxy.Config{
 		Workers: cfg.WorkerCount(),
 		Gm:      cfg.Gm.Addresses, GmPort: cfg.Gm.Port, UDPLimit: cfg.Gm.UDPLimit,
 		DropClear: cfg.Gm.ClearRequests == config.ClearDrop,
 		Suites:    suites, ServerList: cfg.Security.SecurityServer == config.ServerList,
 		StatusSuite: cfg.Security.NoCommonAlgorithm, StatusVerify: cfg.Security.VerifyMismatch,
-		StatusTaken: cfg.Security.AddressConflict,
+		StatusTaken: cfg.Security.AddressConflict, StatusNoSet: cfg.Security.NoSASet,
+		Policy: rules, NoEmergency: cfg.Security.Emergency == config.EmergencyForbid,
+		RefuseRoute: cfg.Mw.ServiceRoute == config.ServiceRouteRefuse, SetsMax: cfg.Limits.SASets,
 		Registrar: registrar.Config{
 			ServerPorts: cfg.Gm.ServerPorts, ClientPorts: cfg.Gm.ClientPorts,
 			AwaitAuth: cfg.Timers.RegAwaitAuth, OldSet: cfg.Timers.OldSet, MaxSets: cfg.Security.MaxSetsPerUE,
+			NewServerPort: !cfg.Security.ReuseServerPort,
 		},
 		PendingMax: cfg.Limits.PendingRegistrations, PendingSource: cfg.Limits.PendingPerSource,
 		LifetimeExtra: cfg.Timers.LifetimeMargin,
@@ -191,7 +199,7 @@ func proxyConfig(cfg *config.Config, suites []ims.Suite, fleet *proxy.Fleet, tok
 func frontConfig(cfg *config.Config, back *backend, log *slog.Logger) front.Config {
 	f := front.Config{
 		Workers: cfg.WorkerCount(), Hidden: back.hidden, MaxMessage: cfg.Gm.MaxMessage,
-		MaxConnections: cfg.Gm.TCP.MaxConnections, IdleTimeout: cfg.Gm.TCP.IdleTimeout,
+		MaxConnections: cfg.Gm.TCP.MaxConnections, MaxPerSource: cfg.Gm.TCP.MaxPerSource, IdleTimeout: cfg.Gm.TCP.IdleTimeout,
 		DialTimeout: cfg.Gm.TCP.DialTimeout, TCPMaxSeg: cfg.Gm.TCP.MaxSegment, Logger: log,
 	}
 	hidden := back.hidden != nil

@@ -42,8 +42,10 @@ type UE struct {
 	Index        uint32    `json:"index"`
 	IMPI         string    `json:"impi"`
 	Address      string    `json:"address"`
-	Local        string    `json:"local"` // our address that it talks to
-	State        string    `json:"state"` // pending, registered, deregistered
+	Local        string    `json:"local"`               // our address that it talks to
+	State        string    `json:"state"`               // pending, registered, deregistered
+	Emergency    bool      `json:"emergency,omitempty"` // its emergency registration, which stands beside the normal one
+	Clear        bool      `json:"clear,omitempty"`     // registered in clear: its sets have no SAs
 	Identities   []string  `json:"identities"`
 	Contact      string    `json:"contact,omitempty"`
 	ServiceRoute []string  `json:"service_route"`
@@ -66,7 +68,7 @@ type Set struct {
 	ID          string      `json:"id"`    // worker-number
 	Phase       string      `json:"phase"` // reserved, temporary, established, old
 	Role        string      `json:"role"`
-	Algorithms  string      `json:"algorithms"` // alg=ealg
+	Algorithms  string      `json:"algorithms"` // alg=ealg; none in clear
 	SPIs        SPIs        `json:"spis"`
 	Ports       Ports       `json:"ports"`
 	Deadline    time.Time   `json:"deadline,omitzero"` // when it goes unless something happens
@@ -132,7 +134,7 @@ type Problem struct {
 func ueOf(u *proxy.UEInfo) UE {
 	v := UE{
 		ID: u.ID.String(), Worker: u.ID.Worker, Index: u.ID.Index, IMPI: u.IMPI, Address: u.Addr.String(),
-		Local: u.Local.String(), State: u.State.String(), Identities: list(u.Identities), Contact: u.Contact,
+		Local: u.Local.String(), State: u.State.String(), Emergency: u.Emergency, Clear: u.Clear, Identities: list(u.Identities), Contact: u.Contact,
 		ServiceRoute: list(u.ServiceRoute), Expires: u.Expires, Current: setID(u.Current), Sets: make([]Set, len(u.Sets)),
 	}
 	if u.NextHop.IsValid() {
@@ -153,8 +155,12 @@ func uesOf(infos []proxy.UEInfo) []UE {
 }
 
 func setOf(s *proxy.SetInfo, u *proxy.UEInfo) Set {
+	algorithms := s.Suite.String()
+	if u.Clear {
+		algorithms = "none"
+	}
 	return Set{
-		ID: setID(s.ID), Phase: s.Phase.String(), Role: role(s, u), Algorithms: s.Suite.String(), Deadline: s.Deadline,
+		ID: setID(s.ID), Phase: s.Phase.String(), Role: role(s, u), Algorithms: algorithms, Deadline: s.Deadline,
 		SPIs:  SPIs{UC: uint32(s.SPIs.UC), US: uint32(s.SPIs.US), PC: uint32(s.SPIs.PC), PS: uint32(s.SPIs.PS)},
 		Ports: Ports(s.Ports), Over: setID(s.Over), Used: s.Used, TCP: s.TCP,
 		Connections: Connections{In: uint32(s.ConnIn), Out: uint32(s.ConnOut)},

@@ -190,6 +190,9 @@ func (c *Config) checkSecurity(r *report) {
 	case len(s.Suites()) == 0:
 		r.add("security.algorithms", "security.disable_deprecated leaves none of the pairs", "")
 	}
+	if s.GIBA && s.IPsec == IPsecRequire && !r.failed["security.ipsec"] {
+		r.add("security.giba", "has no effect where IPsec is required", "set security.ipsec to allow or forbid")
+	}
 	if r.anyFailed("security.spi.first", "security.spi.last") {
 		return
 	}

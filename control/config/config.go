@@ -59,6 +59,7 @@ type Gm struct {
 // TCP holds the limits of TCP connections.
 type TCP struct {
 	MaxConnections int
+	MaxPerSource   int
 	IdleTimeout    time.Duration
 	DialTimeout    time.Duration
 	MaxSegment     int
@@ -66,14 +67,42 @@ type TCP struct {
 
 // Security is the agreement with the UEs (RFC 3329) and the SA sets.
 type Security struct {
+	IPsec             IPsec
+	GIBA              bool
+	Emergency         Emergency
+	Rules             []Rule      // the first that fits a REGISTER wins
 	Algorithms        []ims.Suite // in the order of preference; Suites applies DisableDeprecated
 	DisableDeprecated bool
 	SecurityServer    SecurityServer
 	NoCommonAlgorithm int // SIP status
 	VerifyMismatch    int // SIP status
 	AddressConflict   int // SIP status
+	NoSASet           int // SIP status
+	ReuseServerPort   bool
 	SPI               SPIRange
 	MaxSetsPerUE      int
+}
+
+// Rule is what holds for some phones. What it leaves at its zero value holds as it does without the rule.
+type Rule struct {
+	Realm, IMPI, UserAgent string // patterns with * and ?; empty fits all
+	Source                 []netip.Prefix
+
+	IPsec            IPsec
+	GIBA             *bool
+	Algorithms       []ims.Suite
+	ServerPorts      []uint16 // of Gm.ServerPorts
+	ClientPorts      []uint16 // of Gm.ClientPorts
+	Transports       Transports
+	ReuseConnection  *bool
+	ReplyByVia       bool
+	TemporaryTimeout time.Duration
+}
+
+// Transports say what REGISTER may come over, and how requests go to the phone.
+type Transports struct {
+	Clear, Protected []ims.Transport // empty: both
+	Requests         Requests
 }
 
 // SPIRange is the range of SPIs that we give out, both ends included.
@@ -92,6 +121,7 @@ type Mw struct {
 	IntegrityProtectedClear  IntegrityClear
 	IntegrityProtectedQuoted bool
 	OrigIOI                  string
+	ServiceRoute             ServiceRoute
 	RegisterTimeout          time.Duration
 	HealthInterval           time.Duration // zero: off
 	RegEvent                 RegEvent
@@ -115,6 +145,7 @@ type NextHop struct {
 type Limits struct {
 	PendingRegistrations int // registrations that are not confirmed yet, over all sources
 	PendingPerSource     int // of one source: an IPv4 address or an IPv6 /64
+	SASets               int // beyond which no phone is let in anew; zero: no limit
 }
 
 // Timers are the timers of registrations and SA sets.
@@ -163,6 +194,44 @@ type ClearRequests string
 const (
 	ClearReject ClearRequests = "reject" // answer 403
 	ClearDrop   ClearRequests = "drop"
+)
+
+// IPsec says what becomes of the security agreement with ipsec-3gpp (TS 33.203 Annex P).
+type IPsec string
+
+// Values of IPsec.
+const (
+	IPsecRequire IPsec = "require" // 421 without it
+	IPsecAllow   IPsec = "allow"   // taken if offered
+	IPsecForbid  IPsec = "forbid"  // an offer is ignored
+)
+
+// Emergency says what becomes of emergency registrations.
+type Emergency string
+
+// Values of Emergency.
+const (
+	EmergencyAllow  Emergency = "allow"
+	EmergencyForbid Emergency = "forbid" // 403
+)
+
+// Requests is the transport of requests to a phone.
+type Requests string
+
+// Values of Requests.
+const (
+	RequestsAuto Requests = "auto" // the one it registered over, TCP for what is too large
+	RequestsUDP  Requests = "udp"
+	RequestsTCP  Requests = "tcp"
+)
+
+// ServiceRoute says what happens to an initial request whose Route is not the Service-Route (TS 24.229 §5.2.6.3).
+type ServiceRoute string
+
+// Values of ServiceRoute.
+const (
+	ServiceRouteRepair ServiceRoute = "repair"
+	ServiceRouteRefuse ServiceRoute = "refuse" // 400
 )
 
 // SecurityServer says what the Security-Server header of the 401 lists.
@@ -218,9 +287,11 @@ func Default() *Config {
 			MaxMessage:    65535,
 			UDPLimit:      1300,
 			ClearRequests: ClearReject,
-			TCP:           TCP{MaxConnections: 20000, IdleTimeout: time.Hour, DialTimeout: 10 * time.Second, MaxSegment: 1360},
+			TCP:           TCP{MaxConnections: 20000, MaxPerSource: 64, IdleTimeout: time.Hour, DialTimeout: 10 * time.Second, MaxSegment: 1360},
 		},
 		Security: Security{
+			IPsec:     IPsecRequire,
+			Emergency: EmergencyAllow,
 			Algorithms: []ims.Suite{
 				{Alg: ims.AlgNull, Enc: ims.EncAESGCM},
 				{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
@@ -235,6 +306,8 @@ func Default() *Config {
 			NoCommonAlgorithm: 494,
 			VerifyMismatch:    494,
 			AddressConflict:   403,
+			NoSASet:           480,
+			ReuseServerPort:   true,
 			SPI:               SPIRange{First: 1 << 28, Last: 1<<32 - 1},
 			MaxSetsPerUE:      3,
 		},
@@ -244,6 +317,7 @@ func Default() *Config {
 			VisitedNetwork:           "ims.mnc001.mcc001.3gppnetwork.org",
 			IntegrityProtectedClear:  IntegrityNo,
 			IntegrityProtectedQuoted: true,
+			ServiceRoute:             ServiceRouteRepair,
 			RegisterTimeout:          32 * time.Second,
 			HealthInterval:           5 * time.Second,
 			RegEvent:                 RegEvent{Enabled: true, Expires: 600000 * time.Second},
@@ -297,9 +371,19 @@ func (c *Config) SocketPath() string {
 }
 
 // Suites returns the algorithm pairs that may be agreed on, in the order of preference.
-func (s *Security) Suites() []ims.Suite {
-	suites := make([]ims.Suite, 0, len(s.Algorithms))
-	for _, suite := range s.Algorithms {
+func (s *Security) Suites() []ims.Suite { return s.usable(s.Algorithms) }
+
+// SuitesOf is Suites for the phones that a rule fits.
+func (s *Security) SuitesOf(r *Rule) []ims.Suite {
+	if len(r.Algorithms) == 0 {
+		return s.Suites()
+	}
+	return s.usable(r.Algorithms)
+}
+
+func (s *Security) usable(list []ims.Suite) []ims.Suite {
+	suites := make([]ims.Suite, 0, len(list))
+	for _, suite := range list {
 		if !s.DisableDeprecated || !suite.Deprecated() {
 			suites = append(suites, suite)
 		}

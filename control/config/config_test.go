@@ -123,14 +123,15 @@ func TestExampleIsTheDefault(t *testing.T) {
 	// Its comments show keys that have no default: with those taken in, the file is good too.
 	shown := strings.ReplaceAll(b.String(), "  peers: []\n", "")
 	shown = strings.ReplaceAll(shown, "  hosts: {}\n", "")
-	for _, key := range []string{"instance", "peers", "hosts"} {
+	shown = strings.ReplaceAll(shown, "  rules: []\n", "")
+	for _, key := range []string{"instance", "peers", "hosts", "rules"} {
 		shown = strings.Replace(shown, "# "+key+": ", key+": ", 1)
 	}
 	got, err = Parse([]byte(shown), "example")
 	if err != nil {
 		t.Fatalf("Parse with the commented keys:\n%v", err)
 	}
-	if got.Instance != "edge1" || len(got.Mw.Peers) != 1 || len(got.Mw.Hosts) != 1 {
+	if got.Instance != "edge1" || len(got.Mw.Peers) != 1 || len(got.Mw.Hosts) != 1 || len(got.Security.Rules) != 1 {
 		t.Errorf("instance %q, peers %v, hosts %v", got.Instance, got.Mw.Peers, got.Mw.Hosts)
 	}
 }
@@ -149,9 +150,14 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 			t.Errorf("%s is neither a section nor a value", path)
 		}
 	})
-	if n != 55 {
+	if n != 64 {
 		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
 	}
+	walk("", ruleFields(0), func(path string, f *field) {
+		if f.doc == "" || (f.sub == nil) == (f.read == nil || f.show == nil) {
+			t.Errorf("security.rules: %s has no documentation, or is neither a section nor a value", path)
+		}
+	})
 	// Every key differs from its default in everything.yaml, so that none is read into another's place.
 	c, err := Load("testdata/good/everything.yaml")
 	if err != nil {
@@ -161,6 +167,11 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 	walk("", schema(), func(path string, f *field) {
 		if f.sub == nil && f.show(c) == f.show(def) {
 			t.Errorf("everything.yaml leaves %s at its default", path)
+		}
+	})
+	walk("", ruleFields(0), func(path string, f *field) {
+		if f.unset != nil && f.unset(c) {
+			t.Errorf("the rule in everything.yaml leaves %s out", path)
 		}
 	})
 }
@@ -177,9 +188,23 @@ func TestFields(t *testing.T) {
 			Addresses: []netip.Addr{addr("10.0.0.5"), addr("2001:db8::5")},
 			Port:      5070, ServerPorts: []uint16{7100}, ClientPorts: []uint16{7110, 7111, 7112, 7113, 7114},
 			MaxMessage: 16384, UDPLimit: 1200, ClearRequests: ClearDrop,
-			TCP: TCP{MaxConnections: 100, IdleTimeout: 90 * time.Minute, DialTimeout: 1500 * time.Millisecond, MaxSegment: 1200},
+			TCP: TCP{MaxConnections: 100, MaxPerSource: 16, IdleTimeout: 90 * time.Minute, DialTimeout: 1500 * time.Millisecond, MaxSegment: 1200},
 		},
 		Security: Security{
+			IPsec: IPsecAllow, GIBA: true, Emergency: EmergencyForbid, NoSASet: 500,
+			Rules: []Rule{{
+				Realm: "*.lab.example", IMPI: "00101*@*", UserAgent: "*Samsung ? IMS*",
+				Source: []netip.Prefix{netip.MustParsePrefix("10.45.0.0/16"), netip.MustParsePrefix("2001:db8:45::/48")},
+				IPsec:  IPsecForbid, GIBA: new(bool),
+				Algorithms: []ims.Suite{
+					{Alg: ims.AlgHMACSHA1, Enc: ims.EncNull}, {Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
+				},
+				ServerPorts: []uint16{7100}, ClientPorts: []uint16{7114, 7113, 7112, 7111, 7110},
+				Transports: Transports{
+					Clear: []ims.Transport{ims.UDP}, Protected: []ims.Transport{ims.TCP, ims.UDP}, Requests: RequestsTCP,
+				},
+				ReuseConnection: new(bool), ReplyByVia: true, TemporaryTimeout: 30 * time.Second,
+			}, {}},
 			Algorithms: []ims.Suite{
 				{Alg: ims.AlgAESGMAC, Enc: ims.EncNull},
 				{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC},
@@ -200,10 +225,10 @@ func TestFields(t *testing.T) {
 				netip.MustParsePrefix("10.0.1.0/24"), netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("2001:db8:1::9/128"),
 			},
 			VisitedNetwork: "visited.example", PathHost: "pcscf.example", IntegrityProtectedClear: IntegrityAbsent,
-			OrigIOI: "home.example", RegisterTimeout: 8 * time.Second,
+			OrigIOI: "home.example", ServiceRoute: ServiceRouteRefuse, RegisterTimeout: 8 * time.Second,
 			RegEvent: RegEvent{Expires: 2 * time.Hour, URI: "sip:gm1@pcscf.example:5080"},
 		},
-		Limits:  Limits{PendingRegistrations: 5000, PendingPerSource: 8},
+		Limits:  Limits{PendingRegistrations: 5000, PendingPerSource: 8, SASets: 1000},
 		Timers:  Timers{RegAwaitAuth: 3 * time.Minute, LifetimeMargin: 10 * time.Second, OldSet: 64 * time.Second},
 		Store:   Store{KeyFile: "/etc/gmgate/store.key", Credential: "gmgate-store", Reconcile: 30 * time.Second},
 		ESP:     ESP{Backend: BackendUserspace, ReplayWindow: 1024, TunMTU: 1500},

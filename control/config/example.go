@@ -60,9 +60,18 @@ func write(b *bytes.Buffer, c *Config, fields []field, depth int, comments bool)
 				b.WriteString(indent + "# " + strings.ReplaceAll(f.doc, "\n", "\n"+indent+"# ") + "\n")
 			}
 		}
+		if f.unset != nil && f.unset(c) {
+			continue
+		}
 		if f.sub != nil {
-			b.WriteString(indent + f.key + ":\n")
-			write(b, c, f.sub, depth+1, comments)
+			var sub bytes.Buffer
+			if write(&sub, c, f.sub, depth+1, comments); sub.Len() > 0 {
+				b.WriteString(indent + f.key + ":\n" + sub.String())
+			}
+			continue
+		}
+		if f.item != nil {
+			writeItems(b, c, f, depth, comments)
 			continue
 		}
 		line := indent + f.key + ": " + f.show(c) + "\n"
@@ -77,6 +86,39 @@ func write(b *bytes.Buffer, c *Config, fields []field, depth int, comments bool)
 			line += indent + "# " + f.key + ": " + f.sample + "\n"
 		}
 		b.WriteString(line)
+	}
+}
+
+// writeItems writes a list of sections. Comments explain the keys that one may have.
+func writeItems(b *bytes.Buffer, c *Config, f *field, depth int, comments bool) {
+	indent := strings.Repeat("  ", depth)
+	if comments {
+		explain(b, indent+"#   ", f.item(0))
+	}
+	n := f.count(c)
+	if n == 0 {
+		b.WriteString(indent + f.key + ": []\n")
+	} else {
+		b.WriteString(indent + f.key + ":\n")
+	}
+	if comments && f.sample != "" {
+		b.WriteString(indent + "# " + f.key + ": " + f.sample + "\n")
+	}
+	for i := range n {
+		var item bytes.Buffer
+		write(&item, c, f.item(i), depth+2, false)
+		text := "{}\n"
+		if item.Len() > 0 {
+			text = strings.TrimPrefix(item.String(), indent+"    ")
+		}
+		b.WriteString(indent + "  - " + text)
+	}
+}
+
+func explain(b *bytes.Buffer, prefix string, fields []field) {
+	for i := range fields {
+		b.WriteString(prefix + fields[i].key + ": " + fields[i].doc + "\n")
+		explain(b, prefix+"  ", fields[i].sub)
 	}
 }
 

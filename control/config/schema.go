@@ -27,6 +27,12 @@ type field struct {
 	sub    []field // a section has these and nothing else
 	many   bool    // a list or table
 
+	// A list of sections has these instead of show: how many there are, and what is in one. Keys of such a section may be
+	// left out, and are when they are unset.
+	count func(c *Config) int
+	item  func(i int) []field
+	unset func(c *Config) bool
+
 	read  func(d *decoder, path string, n ast.Node)
 	check func(c *Config, r *report, path string)
 	show  func(c *Config) string
@@ -63,6 +69,8 @@ func schema() []field {
 			{key: "tcp", doc: "TCP connections of phones.", sub: []field{
 				intField("max_connections", "Connections at the same time; more are refused.",
 					func(c *Config) *int { return &c.Gm.TCP.MaxConnections }, 1, int64(ims.MaxConnID)),
+				intField("max_per_source", "The same for one IPv4 address or IPv6 /64 on the unprotected port.",
+					func(c *Config) *int { return &c.Gm.TCP.MaxPerSource }, 1, int64(ims.MaxConnID)),
 				durationField("idle_timeout", "A connection without traffic is closed after this time.",
 					func(c *Config) *time.Duration { return &c.Gm.TCP.IdleTimeout }, 1),
 				durationField("dial_timeout", "Limit for opening a connection to a phone.",
@@ -72,14 +80,15 @@ func schema() []field {
 			}},
 		}},
 		{key: "security", doc: "Security agreement with the phones (RFC 3329, TS 33.203).", sub: []field{
-			listField("algorithms", "Allowed pairs integrity=encryption in the order of preference.",
-				func(c *Config) *[]ims.Suite { return &c.Security.Algorithms }, readSuite, plain[ims.Suite],
-				func(s ims.Suite) string {
-					if !s.Legal() {
-						return fmt.Sprintf("%s is no pair of TS 33.203 Annex H", s)
-					}
-					return ""
-				}),
+			enumField("ipsec", "IPsec of phones: require (421 without it), allow (taken if offered, else the phone registers in\nclear), or forbid (all register in clear).",
+				func(c *Config) *IPsec { return &c.Security.IPsec }, IPsecRequire, IPsecAllow, IPsecForbid),
+			boolField("giba", "Accept a registration in clear without Authorization that the core accepts without a challenge\n(TS 33.203 Annex T).",
+				func(c *Config) *bool { return &c.Security.GIBA }),
+			enumField("emergency", "Emergency registrations: allow or forbid (403).",
+				func(c *Config) *Emergency { return &c.Security.Emergency }, EmergencyAllow, EmergencyForbid),
+			rulesField("rules", "What holds for some phones instead, looked at when they register. The first rule that fits wins;\nall its match keys must fit, and what it leaves out holds as above. In realm, impi and user_agent\n* stands for any text and ? for one character. Phones choose those three themselves: name the source\nas well where a rule lowers their protection."),
+			suitesField("algorithms", "Allowed pairs integrity=encryption in the order of preference: a list, or a text with commas. One\nname alone stands for every pair with it.",
+				func(c *Config) *[]ims.Suite { return &c.Security.Algorithms }),
 			boolField("disable_deprecated", "Leave out the pairs with hmac-md5-96 or des-ede3-cbc, which later releases removed.",
 				func(c *Config) *bool { return &c.Security.DisableDeprecated }),
 			enumField("security_server", "Security-Server in the challenge: the chosen mechanism only, or the whole list.",
@@ -90,6 +99,10 @@ func schema() []field {
 				func(c *Config) *int { return &c.Security.VerifyMismatch }, 400, 699),
 			intField("address_conflict", "SIP status when the address belongs to another phone's live SA set.",
 				func(c *Config) *int { return &c.Security.AddressConflict }, 400, 699),
+			intField("no_sa_set", "SIP status for the core when a request is for a phone without a live SA set.",
+				func(c *Config) *int { return &c.Security.NoSASet }, 400, 699),
+			boolField("reuse_server_port", "Keep port-ps at a re-registration (TS 33.203 section 7.1); false prefers another one.",
+				func(c *Config) *bool { return &c.Security.ReuseServerPort }),
 			{key: "spi", doc: "Range of the SPIs given out, both ends included. Several gmgates behind one address need\nranges of their own.", sub: []field{
 				spiField("first", "", func(c *Config) *ims.SPI { return &c.Security.SPI.First }),
 				spiField("last", "", func(c *Config) *ims.SPI { return &c.Security.SPI.Last }),
@@ -132,6 +145,8 @@ func schema() []field {
 					}
 					return ""
 				}),
+			enumField("service_route", "Initial request whose Route is not the Service-Route: repair it, or refuse the request (400).",
+				func(c *Config) *ServiceRoute { return &c.Mw.ServiceRoute }, ServiceRouteRepair, ServiceRouteRefuse),
 			durationField("register_timeout", "How long the core may take to answer a REGISTER.",
 				func(c *Config) *time.Duration { return &c.Mw.RegisterTimeout }, 1),
 			durationField("health_interval", "Time between two OPTIONS to a next hop; 0: none are sent.",
@@ -155,6 +170,8 @@ func schema() []field {
 				func(c *Config) *int { return &c.Limits.PendingRegistrations }, 16, 10000000),
 			intField("pending_per_source", "The same for one source: an IPv4 address, or an IPv6 /64.",
 				func(c *Config) *int { return &c.Limits.PendingPerSource }, 1, 10000000),
+			intField("sa_sets", "SA sets overall; beyond it no further phone is let in. 0: as many as there are SPIs.",
+				func(c *Config) *int { return &c.Limits.SASets }, 0, 100000000),
 		}},
 		{key: "timers", doc: "Timers of registrations and SA sets (TS 24.229, TS 33.203 section 7.4).", sub: []field{
 			durationField("reg_await_auth", "A challenged phone has this long to come back protected.",
@@ -483,15 +500,7 @@ func listField[T comparable](
 				*at(d.config) = list
 			}
 		},
-		check: func(c *Config, r *report, path string) {
-			list := *at(c)
-			for i, v := range list {
-				fault(r, r.element(path, i), check(v))
-				if j := slices.Index(list, v); j < i {
-					r.addf(r.element(path, i), "%s is in the list already", strings.Trim(show(v), `"`))
-				}
-			}
-		},
+		check: func(c *Config, r *report, path string) { checkList(r, path, *at(c), show, check) },
 		show: func(c *Config) string {
 			list := *at(c)
 			words := make([]string, len(list))
@@ -500,6 +509,15 @@ func listField[T comparable](
 			}
 			return "[" + strings.Join(words, ", ") + "]"
 		},
+	}
+}
+
+func checkList[T comparable](r *report, path string, list []T, show, check func(T) string) {
+	for i, v := range list {
+		fault(r, r.element(path, i), check(v))
+		if j := slices.Index(list, v); j < i {
+			r.addf(r.element(path, i), "%s is in the list already", strings.Trim(show(v), `"`))
+		}
 	}
 }
 
@@ -536,23 +554,6 @@ func portFault(p uint16) string {
 		return outOfRange(p, 1, math.MaxUint16)
 	}
 	return ""
-}
-
-func readSuite(d *decoder, path string, n ast.Node) (ims.Suite, bool) {
-	s, ok := d.text(path, n, "a pair integrity=encryption")
-	if !ok {
-		return ims.Suite{}, false
-	}
-	suite, err := ims.ParseSuite(s)
-	if err != nil {
-		hint := ""
-		if !strings.Contains(s, "=") {
-			hint = "such as hmac-sha-1-96=aes-cbc"
-		}
-		d.fail(path, err.Error(), hint)
-		return ims.Suite{}, false
-	}
-	return suite, true
 }
 
 // nextHopsField reads hosts and ports; the addresses of names are filled in by resolve, when all is read.
@@ -703,34 +704,7 @@ func hostsField(key, doc string) field {
 
 func peersField(key, doc string) field {
 	f := listField(key, doc, func(c *Config) *[]netip.Prefix { return &c.Mw.Peers },
-		func(d *decoder, path string, n ast.Node) (netip.Prefix, bool) {
-			s, ok := d.text(path, n, "an address prefix")
-			if !ok {
-				return netip.Prefix{}, false
-			}
-			p, err := netip.ParsePrefix(s)
-			if err != nil {
-				hint := ""
-				if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
-					hint = "one address is " + netip.PrefixFrom(a, a.BitLen()).String()
-				}
-				d.fail(path, fmt.Sprintf("%q is not an address prefix", s), hint)
-				return netip.Prefix{}, false
-			}
-			return p, true
-		},
-		quoted[netip.Prefix],
-		func(p netip.Prefix) string {
-			switch {
-			case !p.IsValid():
-				return "no prefix"
-			case p != p.Masked():
-				return fmt.Sprintf("%s has bits behind the prefix length, the network is %s", p, p.Masked())
-			case p.Bits() == 0:
-				return "" // everything, said on purpose
-			}
-			return addressFault(p.Addr())
-		})
+		readPrefix, quoted[netip.Prefix], prefixFault)
 	f.sample = `["10.0.1.0/24"]`
 	// An empty list in the file and none at all are the same configuration.
 	read := f.read
@@ -741,6 +715,35 @@ func peersField(key, doc string) field {
 		}
 	}
 	return f
+}
+
+func readPrefix(d *decoder, path string, n ast.Node) (netip.Prefix, bool) {
+	s, ok := d.text(path, n, "an address prefix")
+	if !ok {
+		return netip.Prefix{}, false
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		hint := ""
+		if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
+			hint = "one address is " + netip.PrefixFrom(a, a.BitLen()).String()
+		}
+		d.fail(path, fmt.Sprintf("%q is not an address prefix", s), hint)
+		return netip.Prefix{}, false
+	}
+	return p, true
+}
+
+func prefixFault(p netip.Prefix) string {
+	switch {
+	case !p.IsValid():
+		return "no prefix"
+	case p != p.Masked():
+		return fmt.Sprintf("%s has bits behind the prefix length, the network is %s", p, p.Masked())
+	case p.Bits() == 0:
+		return "" // everything, said on purpose
+	}
+	return addressFault(p.Addr())
 }
 
 // addressFault says why a is no address of a host that SIP can be sent to or received on, or nothing.

@@ -153,6 +153,7 @@ type Counters struct {
 	awaitAuth     count
 	sets          [phaseEnd]level
 	ues           [ueEnd]level
+	associations  level
 	reg           regEvents
 	spisInUse     level
 	spiCapacity   level
@@ -203,6 +204,9 @@ func (c *Counters) AwaitAuthExpired() { c.awaitAuth.inc() }
 
 // Sets changes the number of SA sets in a phase.
 func (c *Counters) Sets(p Phase, delta int) { c.sets[within(p, int(phaseEnd))].add(delta) }
+
+// Associations changes the number of address associations of phones that are registered in clear.
+func (c *Counters) Associations(delta int) { c.associations.add(delta) }
 
 // UEs changes the number of UE contexts in a state.
 func (c *Counters) UEs(delta int, s UEState) { c.ues[within(s, int(ueEnd))].add(delta) }

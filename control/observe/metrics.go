@@ -187,6 +187,7 @@ var (
 	verifyDesc        = desc("security_verify_mismatch_total", "Security-Verify headers that differ from our Security-Server.")
 	awaitAuthDesc     = desc("reg_await_auth_expired_total", "Challenges that no protected REGISTER answered in time.")
 	setsDesc          = desc("sa_sets", "SA sets by phase.", "phase")
+	associationsDesc  = desc("address_associations", "Phones registered in clear, without SAs.")
 	uesDesc           = desc("ues", "UE contexts by registration state.", "state")
 	spisDesc          = desc("spi_pool_in_use", "SPIs taken from the pool.")
 	spiCapacityDesc   = desc("spi_pool_capacity", "SPIs that the pool can give out at most.")
@@ -201,6 +202,7 @@ var (
 func (w *workerCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		messagesDesc, rejectedDesc, droppedDesc, registrationsDesc, suitesDesc, verifyDesc, awaitAuthDesc, setsDesc, uesDesc,
+		associationsDesc,
 		subscriptionsDesc, subscribesDesc, notifiesDesc, networkDesc, lossesDesc,
 		spisDesc, spiCapacityDesc,
 	} {
@@ -246,6 +248,7 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v int64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
 	}
+	gauge(associationsDesc, w.sumLevel(func(c *Counters) *level { return &c.associations }))
 	for p := range phaseEnd {
 		if n := w.sumLevel(func(c *Counters) *level { return &c.sets[p] }); p != 0 || n != 0 {
 			gauge(setsDesc, n, name(p))

@@ -45,6 +45,8 @@ const (
 	ReasonTooManySets                            // the UE holds security.max_sets_per_ue sets already
 	ReasonBusy                                   // a registration of this UE is already under way
 	ReasonKeepalive                              // CRLF keep-alive, answered by the transport (RFC 5626 §4.4.1)
+	ReasonPolicy                                 // the operator's policy does not let this phone register so
+	ReasonDowngrade                              // registration in clear of an identity that has SAs
 
 	reasonEnd // one past the last
 )
@@ -88,6 +90,8 @@ var reasonNames = [reasonEnd]string{
 	ReasonTooManySets:          "too_many_sets",
 	ReasonBusy:                 "busy",
 	ReasonKeepalive:            "keepalive",
+	ReasonPolicy:               "policy",
+	ReasonDowngrade:            "downgrade",
 }
 
 // String returns the label value.

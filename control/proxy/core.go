@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"net/netip"
 
 	"github.com/gmgate/gmgate/control/ims"
@@ -25,7 +26,7 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 		return
 	}
 	t, ok := w.seal.open(&w.sc, r.token)
-	if !ok || t.kind != tokenPath {
+	if !ok || t.kind != tokenPath && t.kind != tokenClear {
 		w.refuse(f, nil, 403, "Forbidden", "Route: flow token is not ours", observe.ReasonForgedToken)
 		return
 	}
@@ -36,15 +37,15 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 		}
 		return
 	}
-	u := w.table.Lookup(t.ue, t.gen)
+	u := w.ueOf(t)
 	if u == nil {
 		w.refuse(f, nil, 430, "Flow Failed", "Route: the registration is gone", observe.ReasonStaleToken)
 		return
 	}
 	s := u.Current
 	if s == nil || !s.Live() || u.State != registrar.Registered && starts(method) {
-		w.refuse(f, nil, 480, "Temporarily Unavailable", "no security association with the UE",
-			observe.ReasonUEUnreachable)
+		code := cmp.Or(w.cfg.StatusNoSet, 480)
+		w.refuse(f, nil, code, statusPhrase(code), "no security association with the UE", observe.ReasonUEUnreachable)
 		return
 	}
 	left, ok := w.forwardsLeft()
@@ -107,7 +108,7 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 	if !w.finish() {
 		return
 	}
-	if !tcp {
+	if !tcp || s.Clear {
 		w.sendToUE(s, byUDP, w.out, method)
 		return
 	}
@@ -131,9 +132,13 @@ func (w *Worker) overTCP(s *registrar.Set, method sipmsg.Method, tx uint64) bool
 	const grows = 250 // Via and Record-Route that we add
 	u := s.UE
 	switch {
+	case s.Clear: // the phone is where its REGISTER came from, and nowhere else
+		return s.OverTCP
 	case w.retry == retryUDP:
 		u.Forget(tx)
 		return false
+	case s.Requests != 0:
+		return s.Requests == ims.TCP
 	case s.OverTCP:
 		return true
 	case method == sipmsg.MethodCancel, method == sipmsg.MethodAck && u.IsOverTCP(tx):
@@ -150,7 +155,11 @@ func (w *Worker) overTCP(s *registrar.Set, method sipmsg.Method, tx uint64) bool
 // goes over UDP in the same set after all: some phones do not listen on port-us for TCP.
 func (w *Worker) requestOverTCP(f ims.Flow, s *registrar.Set, method sipmsg.Method) {
 	w.countOut(ims.GmProtected, ims.TCP, method, w.out)
-	for _, c := range []ims.ConnID{s.ConnOut, s.ConnIn} {
+	theirs := s.ConnIn
+	if s.OwnConnection {
+		theirs = 0
+	}
+	for _, c := range []ims.ConnID{s.ConnOut, theirs} {
 		if c != 0 && w.eg.SendTCP(c, w.out) == nil {
 			return
 		}
@@ -291,7 +300,7 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 	w.e.PopElement(m, sipmsg.Via)
 	w.stripFromCore(u)
 	if dialogForming(m.CSeqMethod()) {
-		w.rewriteRecordRoute(s, true, how != byUDP)
+		w.rewriteRecordRoute(s, true, how.tcp())
 	}
 	if m.Status() == 503 {
 		// RFC 3261 §16.7: a 503 speaks of the core, and phones would take it as a reason to leave this P-CSCF.

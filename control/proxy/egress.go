@@ -35,6 +35,16 @@ func (w *Worker) sendToUE(s *registrar.Set, how channel, msg []byte, method sipm
 			return
 		}
 	}
+	if s.Clear {
+		w.sendClear(s, msg, method)
+		return
+	}
+	if how == bySource {
+		w.countOut(ims.GmProtected, ims.UDP, method, msg)
+		w.count(w.eg.SendUDP(
+			netip.AddrPortFrom(s.Local, s.Ports.PS), netip.AddrPortFrom(s.Params.UE, s.Ports.UC), msg))
+		return
+	}
 	if how == byUDP {
 		w.countOut(ims.GmProtected, ims.UDP, method, msg)
 		w.count(w.eg.SendUDP(

@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
@@ -15,6 +17,7 @@ import (
 type Fleet struct {
 	mu      sync.RWMutex
 	workers []*Worker // those that have booted
+	sets    atomic.Int64
 }
 
 func (f *Fleet) join(w *Worker) {
@@ -68,20 +71,51 @@ func (f *Fleet) walk(ctx context.Context, visit func(*Worker, *registrar.UE)) er
 	return nil
 }
 
-// Sets returns the ids of the SA sets which the workers believe the backend to hold, each with whether the store keeps it.
-func (f *Fleet) Sets(ctx context.Context) (map[uint64]bool, error) {
-	sets := make(map[uint64]bool)
-	err := f.walk(ctx, func(_ *Worker, u *registrar.UE) {
+// Sets returns the ids of the sets which the workers believe the backend to hold, each with whether the store keeps it, and
+// those of the address associations, of which the backend knows nothing.
+func (f *Fleet) Sets(ctx context.Context) (sets, clear map[uint64]bool, err error) {
+	sets, clear = make(map[uint64]bool), make(map[uint64]bool)
+	err = f.walk(ctx, func(_ *Worker, u *registrar.UE) {
 		for _, s := range u.Sets {
-			if s.Phase != sa.Reserved {
+			switch {
+			case s.Clear:
+				clear[s.ID] = s.Kept()
+			case s.Phase != sa.Reserved:
 				sets[s.ID] = s.Kept()
 			}
 		}
 	})
 	if err != nil {
-		return nil, err // what visit has written so far may still be written to
+		return nil, nil, err // what visit has written so far may still be written to
 	}
-	return sets, nil
+	return sets, clear, nil
+}
+
+// anyOther asks every other worker on its loop, and passes on the loop of self whether one of them said yes. What self tells
+// the others afterwards reaches them after the question, and what they told self before their answer has arrived before it.
+func (f *Fleet) anyOther(self *Worker, ask func(*Worker) bool, done func(bool)) {
+	f.mu.RLock()
+	workers := slices.DeleteFunc(slices.Clone(f.workers), func(o *Worker) bool { return o == self })
+	f.mu.RUnlock()
+	left, found := len(workers), false
+	if left == 0 {
+		done(false)
+		return
+	}
+	answered := func(yes bool) {
+		found = found || yes
+		if left--; left == 0 {
+			done(found)
+		}
+	}
+	for _, o := range workers {
+		if o.eg.Post(func() {
+			yes := ask(o)
+			_ = self.eg.Post(func() { answered(yes) })
+		}) != nil {
+			answered(false) // a loop that has ended has no phones left
+		}
+	}
 }
 
 // moved ends the registrations that a phone has at other addresses: it has registered at a new one, without the outbound

@@ -60,6 +60,8 @@ type UEInfo struct {
 	Addr         netip.Addr
 	Local        netip.Addr
 	State        registrar.State
+	Emergency    bool // its emergency registration
+	Clear        bool // registered in clear: its sets are address associations, without SAs
 	Identities   []string
 	Contact      string
 	ServiceRoute []string
@@ -172,7 +174,7 @@ func (w *Worker) look(q *UEQuery, from uint32, limit int, act func(*registrar.UE
 // info copies a UE context.
 func (w *Worker) info(u *registrar.UE) UEInfo {
 	i := UEInfo{
-		ID: idOf(w.id, u), IMPI: u.IMPI, Addr: u.Addr, Local: u.Local, State: u.State,
+		ID: idOf(w.id, u), IMPI: u.IMPI, Addr: u.Addr, Local: u.Local, State: u.State, Emergency: u.Emergency, Clear: u.Clear,
 		Identities: slices.Clone(u.Identities), Contact: u.Contact, ServiceRoute: slices.Clone(u.ServiceRoute),
 		NextHop: u.NextHop, Expires: u.Expires, Sets: make([]SetInfo, len(u.Sets)),
 	}

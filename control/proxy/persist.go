@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/policy"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/control/store"
@@ -43,6 +44,10 @@ func (w *Worker) restore() {
 		if err := w.restoreUE(u); err != nil {
 			w.log.Error("UE context not restored", "impi", u.IMPI, "ue", u.Addr, "error", err)
 			for j := range u.Sets {
+				if u.Sets[j].Clear {
+					_ = w.cfg.Store.DeleteSet(u.Sets[j].ID)
+					continue
+				}
 				w.inst.Remove(sa.Params{
 					ID: u.Sets[j].ID, Local: u.Local, UE: u.Addr, Ports: u.Sets[j].Ports, SPIs: u.Sets[j].SPIs,
 				}, func(error) {})
@@ -60,7 +65,7 @@ func (w *Worker) restore() {
 func (w *Worker) restoreUE(k *KeptUE) error {
 	u := &registrar.UE{
 		Index: k.Index, Gen: k.Gen, IMPI: k.IMPI, Addr: k.Addr, Local: k.Local, State: registrar.State(k.State),
-		Contact: k.Contact, Expires: k.Expires, Ended: k.Ended,
+		Contact: k.Contact, Expires: k.Expires, Ended: k.Ended, Emergency: k.Emergency,
 	}
 	for _, b := range k.Bindings {
 		u.Bindings = append(u.Bindings, registrar.Binding(b))
@@ -72,7 +77,11 @@ func (w *Worker) restoreUE(k *KeptUE) error {
 		s := &registrar.Set{
 			Params: r.Params(w.eg.Now()), Phase: r.Phase, Serial: r.Serial, ServerText: r.ServerText,
 			ClientText: r.ClientText, CallID: r.CallID, IMPU: r.IMPU, Over: byID[r.Over], OverTCP: r.OverTCP, Used: r.Used,
-			Deadline: r.Deadline,
+			Deadline: r.Deadline, Clear: r.Clear,
+		}
+		u.Clear = r.Clear
+		if !s.Clear {
+			w.apply(s, w.rules.Match(policy.Request{Realm: domainOf(r.IMPU), IMPI: u.IMPI, Source: u.Addr}))
 		}
 		r.Keys.Zero() // Params has made a copy
 		s.Label, s.Counters = label(w.id, u.Index), r.Counters
@@ -89,6 +98,10 @@ func (w *Worker) restoreUE(k *KeptUE) error {
 	if err := w.table.Restore(u, func(s *registrar.Set) bool { return removing[s] }); err != nil {
 		return err
 	}
+	if u.Clear && !w.noteClear(u) {
+		w.table.DissociateAll(u.IMPI)
+		return nil
+	}
 	w.assertIdentities(u)
 	w.setServiceRoute(u, k.ServiceRoute)
 	return nil
@@ -104,6 +117,7 @@ func (j journal) KeepUE(u *registrar.UE) {
 	r := store.Registration{
 		Context: j.context(u.Index), Gen: u.Gen, IMPI: u.IMPI, Addr: u.Addr, Local: u.Local,
 		State: store.State(u.State), ServiceRoute: u.ServiceRoute, Contact: u.Contact, Expires: u.Expires, Ended: u.Ended,
+		Emergency: u.Emergency,
 	}
 	if u.Current != nil {
 		r.Current = u.Current.ID
@@ -121,7 +135,7 @@ func (j journal) KeepSet(s *registrar.Set) {
 		IMPI: s.UE.IMPI, Addr: s.Params.UE, Local: s.Local, Ports: s.Ports, SPIs: s.SPIs, Keys: s.Keys,
 		Phase: s.Phase, Deadline: s.Deadline, Hard: s.HardLimit(), Counters: s.Counters,
 		ServerText: s.ServerText, ClientText: s.ClientText, CallID: s.CallID, IMPU: s.IMPU,
-		OverTCP: s.OverTCP, Used: s.Used, Removing: s.Dropped(),
+		OverTCP: s.OverTCP, Used: s.Used, Removing: s.Dropped(), Emergency: s.UE.Emergency, Clear: s.Clear,
 	}
 	if s.Over != nil {
 		r.Over = s.Over.ID
@@ -154,11 +168,19 @@ func (c *Config) Fit(s *store.Set) error {
 	switch {
 	case !slices.Contains(c.Gm, s.Local):
 		return fmt.Errorf("%s is not a Gm address any more", s.Local)
+	case s.Clear && s.OverTCP:
+		return errors.New("its connection is gone")
+	case s.Clear && s.Ports.PS != c.GmPort:
+		return fmt.Errorf("%d is not the unprotected port any more", s.Ports.PS)
+	case s.Clear && (c.Policy == nil || !c.Policy.Clear()):
+		return errors.New("registrations in clear are not allowed any more")
+	case s.Clear:
+		return nil
 	case !slices.Contains(c.Registrar.ServerPorts, s.Ports.PS):
 		return fmt.Errorf("%d is not a server port any more", s.Ports.PS)
 	case !slices.Contains(c.Registrar.ClientPorts, s.Ports.PC):
 		return fmt.Errorf("%d is not a client port any more", s.Ports.PC)
-	case !slices.Contains(c.Suites, s.Keys.Suite):
+	case !slices.Contains(c.Suites, s.Keys.Suite) && (c.Policy == nil || !c.Policy.Offers(s.Keys.Suite)):
 		return fmt.Errorf("%s is not allowed any more", s.Keys.Suite)
 	}
 	return nil

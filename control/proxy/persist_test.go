@@ -24,9 +24,9 @@ type keptRig struct {
 	store *storetest.Memory
 }
 
-func newKeptRig(t *testing.T) *keptRig {
+func newKeptRig(t *testing.T, change ...func(*Config)) *keptRig {
 	k := &keptRig{store: storetest.NewMemory()}
-	k.rig = newRig(t, func(c *Config) { c.Store, c.Fleet = k.writer(t), new(Fleet) })
+	k.rig = newRig(t, append(change, func(c *Config) { c.Store, c.Fleet = k.writer(t), new(Fleet) })...)
 	return k
 }
 
@@ -315,8 +315,15 @@ func TestMend(t *testing.T) {
 
 // The reconciler asks the workers for their sets.
 func TestFleetSets(t *testing.T) {
-	k := newKeptRig(t)
+	k := newKeptRig(t, with(allow))
 	k.registered()
+	plainOne := newPhone()
+	plainOne.addr, plainOne.impi = netip.MustParseAddr("10.45.0.9"), "plain@"+domain
+	there := clearFlow()
+	there.Remote = netip.AddrPortFrom(plainOne.addr, 5060)
+	plainOne.authorization = strings.Replace(credentials, impi, plainOne.impi, 1)
+	req := k.one(there, plainOne.register("fs", 5060, append([]string{"Call-ID: fs"}, plain...)...))
+	k.one(coreFlow(), answerTo(t, req.msg, "200 OK", plainOne.accepted()...))
 	q := newPhone()
 	q.addr, q.impi = netip.MustParseAddr("10.45.0.8"), "other@"+domain
 	over := clearFlow()
@@ -325,9 +332,9 @@ func TestFleetSets(t *testing.T) {
 	k.snapshot()
 	got := make(chan map[uint64]bool, 1)
 	go func() {
-		sets, err := k.cfg.Fleet.Sets(t.Context())
-		if err != nil {
-			t.Error(err)
+		sets, inClear, err := k.cfg.Fleet.Sets(t.Context())
+		if err != nil || len(inClear) != 1 {
+			t.Errorf("%d associations: %v", len(inClear), err)
 		}
 		got <- sets
 	}()
@@ -350,7 +357,7 @@ func TestFleetSets(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := k.cfg.Fleet.Sets(ctx); err == nil {
+	if _, _, err := k.cfg.Fleet.Sets(ctx); err == nil {
 		t.Error("an answer without anybody to ask")
 	}
 }

@@ -756,6 +756,9 @@ func TestUnprotected(t *testing.T) {
 func (r *rig) path(p *phone) string {
 	r.t.Helper()
 	u := r.w.table.UEOf(p.impi, p.addr)
+	if u == nil {
+		u = r.w.table.Context(registrar.Key{IMPI: p.impi, Addr: p.addr, Emergency: true})
+	}
 	return "<sip:" + string(r.w.seal.seal(&r.w.sc, r.w.pathToken(u))) + "@10.0.1.5:5060;lr>"
 }
 

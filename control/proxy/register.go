@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"log/slog"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,6 +15,7 @@ import (
 	"github.com/gmgate/gmgate/control/aka"
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/policy"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/control/secagree"
@@ -47,6 +47,14 @@ type regTx struct {
 	outbound           bool   // Contact has reg-id: one of several flows (RFC 5626)
 	dereg              bool   // asks for de-registration
 	response           bool   // carried a challenge response
+	authorization      bool   // carried Authorization
+	realm              string // of Authorization
+	emergency          bool   // Contact has sos: the emergency registration, which stands beside the normal one
+
+	policy     *policy.Settings
+	clear      bool // passes without a security agreement
+	associated bool // and came from the address association of its identity
+	foreign    bool // over the set of the emergency registration, or an emergency one over another set
 
 	offer    *secagree.Offer // chosen mechanism; nil without Security-Client
 	client   string          // Security-Client as in registrar.Set
@@ -67,7 +75,10 @@ type regTx struct {
 	links  [txLists]txLinks
 }
 
-func newestKey(impi string, a netip.Addr) string { return a.String() + " " + impi }
+// keyOf names the UE context that a REGISTER is for.
+func (w *Worker) keyOf(tx *regTx) registrar.Key {
+	return registrar.Key{IMPI: tx.impi, Addr: tx.flow.Remote.Addr(), Emergency: tx.emergency, Clear: tx.clear}
+}
 
 // register handles a REGISTER: in clear (s is nil) or over a set.
 func (w *Worker) register(f ims.Flow, s *registrar.Set) {
@@ -105,7 +116,7 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 	}
 	w.txs[key] = tx
 	w.enqueuePending(tx)
-	nk := newestKey(tx.impi, f.Remote.Addr())
+	nk := w.keyOf(tx)
 	if old := w.newest[nk]; old != nil && old.final == nil {
 		old.replaced = true
 	}
@@ -113,6 +124,10 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 	w.wheel.Schedule(&tx.timeout, w.cfg.RegisterTimeout, func() { w.registerTimeout(tx) })
 	if s != nil { // reg-await-auth has done its part, the phone has answered
 		w.table.Hold(s, w.cfg.RegisterTimeout+answerGrace)
+	}
+	if tx.clear {
+		w.unlessProtected(tx, func() { w.sendRegister(tx) })
+		return
 	}
 	w.sendRegister(tx)
 }
@@ -183,8 +198,21 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 	if err := w.readContact(tx); err != nil {
 		return refuse(400, "Bad Request", "Contact: "+err.Error(), observe.ReasonMalformed)
 	}
+	if tx.emergency && w.cfg.NoEmergency {
+		return refuse(403, "Forbidden", "Contact: no emergency registrations here", observe.ReasonPolicy)
+	}
+	tx.policy = w.policyFor(tx)
+	if !tx.emergency && !tx.policy.MayRegister(f.Transport, s != nil) {
+		return refuse(403, "Forbidden", "Via: no registrations over "+f.Transport.String(), observe.ReasonPolicy)
+	}
+	if s == nil && tx.policy.IPsec == policy.Forbid {
+		if !w.passThrough(tx, refuse) {
+			return nil
+		}
+		return tx
+	}
 	tx.client = w.agreement(sipmsg.SecurityClient)
-	known := s != nil && tx.client != "" && tx.client == s.ClientText // then it is what Parse and Select have accepted
+	known := s != nil && tx.client != "" && tx.client == s.ClientText && tx.emergency == s.UE.Emergency // then it is what Parse and Select have accepted
 	var client secagree.List
 	if !known {
 		if client, err = parseAgreement(tx.client); err != nil {
@@ -198,14 +226,18 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 	}
 	hasClient := known || client.IPsecCount() > 0
 	switch {
+	case s == nil && (!hasClient || !w.requires("sec-agree")) && tx.policy.IPsec == policy.Allow:
+		if !w.passThrough(tx, refuse) {
+			return nil
+		}
 	case s == nil && (!hasClient || !w.requires("sec-agree")):
 		why, warning := observe.ReasonNoSecurityClient, "Security-Client: no ipsec-3gpp mechanism"
 		if hasClient {
 			why, warning = observe.ReasonNoSecAgree, "Require: sec-agree is missing"
 		}
 		// RFC 3329 §2.3.1: the client must use the security agreement.
-		return refuse(421, "Extension Required", warning, why, "Require: sec-agree\r\n", w.bareServer())
-	case hasClient && s != nil && (s.Phase == sa.Temporary || sameAgreement(s.ClientText, tx.client) == nil):
+		return refuse(421, "Extension Required", warning, why, "Require: sec-agree\r\n", bareServer(tx.policy.Suites))
+	case hasClient && s != nil && (s.Phase == sa.Temporary || !tx.foreign && sameAgreement(s.ClientText, tx.client) == nil):
 		// SM7, once or again, or a refresh that repeats the agreement in force: nothing new to agree on.
 	case hasClient:
 		if !w.choose(tx, client, refuse) {
@@ -215,21 +247,48 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 	return tx
 }
 
+// policyFor matches a REGISTER against the rules.
+func (w *Worker) policyFor(tx *regTx) *policy.Settings {
+	q := policy.Request{
+		Realm: tx.realm, IMPI: tx.impi, UserAgent: string(w.m.Get(sipmsg.UserAgent)), Source: tx.flow.Remote.Addr(),
+	}
+	if q.Realm == "" {
+		q.Realm = domainOf(tx.impu)
+	}
+	return w.rules.Match(q)
+}
+
+// apply notes what the policy says of the traffic of a set.
+func (w *Worker) apply(s *registrar.Set, p *policy.Settings) {
+	s.Requests, s.OwnConnection, s.AnswersToSource = p.Requests, p.OwnConnection, p.AnswersToSource
+}
+
+// full reports whether no further phone may have SA sets. Those that are registered go on renewing theirs, and an emergency
+// registration is not kept out.
+func (w *Worker) full(tx *regTx) bool {
+	return w.cfg.SetsMax > 0 && w.cfg.Fleet != nil && tx.over == nil && !tx.emergency &&
+		w.cfg.Fleet.sets.Load() >= int64(w.cfg.SetsMax)
+}
+
 // choose selects the mechanism and applies the rules on SPIs and ports (TS 33.203 §7.2).
 func (w *Worker) choose(tx *regTx, client secagree.List,
 	refuse func(int, string, string, observe.Reason, ...string) *regTx,
 ) bool {
-	o, err := secagree.Select(client, w.cfg.Suites)
+	o, err := secagree.Select(client, tx.policy.Suites)
 	switch {
 	case errors.Is(err, secagree.ErrNoCommonAlgorithm):
 		refuse(w.cfg.StatusSuite, statusPhrase(w.cfg.StatusSuite), "Security-Client: "+err.Error(),
-			observe.ReasonNoCommonAlgorithm, w.bareServer())
+			observe.ReasonNoCommonAlgorithm, bareServer(tx.policy.Suites))
 		return false
 	case err != nil:
 		refuse(400, "Bad Request", "Security-Client: "+err.Error(), observe.ReasonBadSecurityClient)
 		return false
 	}
 	tx.offer = &o
+	if w.full(tx) {
+		refuse(503, "Service Unavailable", "no security association left", observe.ReasonTooManySets, retryAfter)
+		return false
+	}
 	err = w.table.Check(w.offerOf(tx))
 	switch {
 	case errors.Is(err, registrar.ErrTooManySets):
@@ -245,8 +304,10 @@ func (w *Worker) offerOf(tx *regTx) *registrar.Offer {
 	o := &registrar.Offer{
 		IMPI: tx.impi, Local: tx.flow.Local.Addr(), UE: tx.flow.Remote.Addr(),
 		SPIC: tx.offer.SPIC, SPIS: tx.offer.SPIS, PortC: tx.offer.PortC, PortS: tx.offer.PortS,
+		Emergency: tx.emergency, ServerPorts: tx.policy.ServerPorts, ClientPorts: tx.policy.ClientPorts,
+		AwaitAuth: tx.policy.AwaitAuth,
 	}
-	if w.overLives(tx) {
+	if w.overLives(tx) && !tx.foreign {
 		o.Over = tx.over
 	}
 	return o
@@ -276,9 +337,11 @@ func (w *Worker) checkProtected(tx *regTx, s *registrar.Set, via *sipmsg.ViaParm
 		return false
 	}
 	if s.Phase != sa.Temporary {
+		tx.foreign = tx.emergency != s.UE.Emergency
 		w.table.Touch(s)
 		return true
 	}
+	tx.emergency = s.UE.Emergency
 	code, phrase := w.cfg.StatusVerify, statusPhrase(w.cfg.StatusVerify)
 	server := "Security-Server: " + s.ServerText + "\r\n"
 	if err := sameAgreement(s.ServerText, w.agreement(sipmsg.SecurityVerify)); err != nil {
@@ -391,7 +454,8 @@ func (w *Worker) readAuthorization(tx *regTx) error {
 		if err != nil {
 			return err
 		}
-		tx.impi, tx.response = strings.Clone(a.Username), a.Response != "" // without the header that it stands in
+		tx.impi, tx.realm = strings.Clone(a.Username), strings.Clone(a.Realm) // without the header that it stands in
+		tx.response, tx.authorization = a.Response != "", true
 		if tx.impi == "" {
 			return errors.New("username is missing")
 		}
@@ -428,7 +492,7 @@ func (w *Worker) readContact(tx *regTx) error {
 			}
 			stays := strings.TrimLeft(expires, "0") != "" || expires == ""
 			if n++; n == 1 || stays && all {
-				tx.contact = string(na.URI)
+				tx.contact, tx.emergency = string(na.URI), sos(na.URI)
 				_, tx.outbound = sipmsg.Param(na.Params, "reg-id")
 			}
 			if stays {
@@ -478,9 +542,12 @@ func (w *Worker) buildRegister(tx *regTx, via *sipmsg.ViaParm) bool {
 	w.putForwards(left)
 	w.e.Str("Require: path\r\nPath: <sip:")
 	path := token{kind: tokenPath, worker: uint8(w.id)}
-	if tx.over != nil {
+	switch u := w.table.Context(w.keyOf(tx)); {
+	case tx.clear:
+		path = w.clearToken(w.keyOf(tx))
+	case tx.over != nil && !tx.foreign:
 		path = w.pathToken(tx.over.UE)
-	} else if u := w.table.UEOf(tx.impi, tx.flow.Remote.Addr()); u != nil {
+	case u != nil:
 		path = w.pathToken(u)
 	}
 	w.e.Raw(w.seal.seal(&w.sc, path))
@@ -503,8 +570,12 @@ func (w *Worker) buildRegister(tx *regTx, via *sipmsg.ViaParm) bool {
 // integrity returns the value of integrity-protected (TS 24.229 §7.2A.2): what the UE claims never counts.
 func (w *Worker) integrity(tx *regTx) string {
 	switch {
+	case tx.clear:
+		return w.clearIntegrity(tx)
 	case tx.over == nil:
 		return w.cfg.ClearIntegrity
+	case tx.foreign: // to be authenticated anew, with SAs of its own
+		return "no"
 	case tx.over.Phase == sa.Temporary && !tx.response:
 		return "no"
 	}
@@ -532,13 +603,14 @@ func (w *Worker) registerTimeout(tx *regTx) {
 
 // registerFailed answers a REGISTER with an error of our own. A temporary set that it came over goes. A phone that came at a
 // bad time is told when to come again.
-func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why observe.Reason) {
+func (w *Worker) registerFailed(tx *regTx, code int, phrase, warning string, why observe.Reason,
+	extra ...string,
+) {
 	if tx.final != nil || w.m.Scan(tx.req) != nil {
 		return
 	}
 	w.obs.Reject(why)
-	var extra []string
-	if code == 503 {
+	if code == 503 && len(extra) == 0 {
 		extra = append(extra, retryAfter)
 	}
 	w.finishRegister(tx, w.reply(nil, tx.flow, tx.over, code, phrase, warning, extra...), code)
@@ -556,8 +628,8 @@ func (w *Worker) finishRegister(tx *regTx, msg []byte, code int) {
 	if tx.over == nil {
 		w.answeredPending(tx)
 	}
-	if w.newest[newestKey(tx.impi, tx.flow.Remote.Addr())] == tx {
-		delete(w.newest, newestKey(tx.impi, tx.flow.Remote.Addr()))
+	if nk := w.keyOf(tx); w.newest[nk] == tx {
+		delete(w.newest, nk)
 	}
 	w.wheel.Schedule(&tx.timeout, finalKept, func() { w.forget(tx) })
 	if w.log.Enabled(context.Background(), slog.LevelDebug) { // the arguments cost more than the rest of this function
@@ -572,7 +644,7 @@ func (w *Worker) forget(tx *regTx) {
 	w.wheel.Stop(&tx.timeout)
 	tx.unqueue()
 	delete(w.txs, tx.key)
-	if nk := newestKey(tx.impi, tx.flow.Remote.Addr()); w.newest[nk] == tx {
+	if nk := w.keyOf(tx); w.newest[nk] == tx {
 		delete(w.newest, nk)
 	}
 }
@@ -645,7 +717,8 @@ func (w *Worker) challenged(tx *regTx) {
 	rows := w.values(sipmsg.WWWAuthenticate)
 	cleaned, ch, err := aka.Take(rows)
 	defer func() { ch.CK.Zero(); ch.IK.Zero() }()
-	if err != nil {
+	passes := tx.clear && cleaned != nil // whatever keys were in it are out
+	if err != nil && !passes {
 		w.registerFailed(tx, 500, "Server Internal Error", "WWW-Authenticate: "+err.Error(),
 			observe.ReasonChallengeWithoutKeys)
 		return
@@ -657,6 +730,12 @@ func (w *Worker) challenged(tx *regTx) {
 			w.e.ReplaceString(int(row.ValStart), int(row.ValEnd), cleaned[i])
 			i++
 		}
+	}
+	if passes {
+		if w.finish() {
+			w.finishRegister(tx, append([]byte(nil), w.out...), 401)
+		}
+		return
 	}
 	if tx.replaced {
 		// A newer REGISTER of this UE is under way: the answer goes out, but it makes no SAs.
@@ -679,6 +758,10 @@ func (w *Worker) challenged(tx *regTx) {
 		w.registerFailed(tx, 500, "Server Internal Error", "security association is gone", observe.ReasonUEUnreachable)
 		return
 	}
+	if w.full(tx) {
+		w.registerFailed(tx, 503, "Service Unavailable", "no security association left", observe.ReasonTooManySets, retryAfter)
+		return
+	}
 	keys, err := aka.Expand(tx.offer.Suite, ch.CK, ch.IK)
 	if err != nil {
 		w.registerFailed(tx, 500, "Server Internal Error", "WWW-Authenticate: "+err.Error(),
@@ -697,6 +780,10 @@ func (w *Worker) challenged(tx *regTx) {
 		case errors.Is(err, registrar.ErrTooManySets):
 			why = observe.ReasonTooManySets
 		}
+		if code == 503 {
+			w.registerFailed(tx, code, phrase, err.Error(), why, retryAfter)
+			return
+		}
 		w.registerFailed(tx, code, phrase, err.Error(), why)
 		return
 	}
@@ -708,7 +795,7 @@ func (w *Worker) challenged(tx *regTx) {
 	}
 	if w.cfg.ServerList {
 		client, _ := parseAgreement(tx.client) // parsed when it came
-		server.Suites = secagree.ServerSuites(tx.offer.Suite, w.cfg.Suites, client, true)
+		server.Suites = secagree.ServerSuites(tx.offer.Suite, tx.policy.Suites, client, true)
 	}
 	w.text = server.Append(w.text[:0])
 	s.ServerText = string(w.text)
@@ -734,7 +821,7 @@ func (w *Worker) installed(tx *regTx, s *registrar.Set, err error) {
 	if err != nil {
 		w.log.Error("SA set not installed", "error", err, "sa_set", s.ID)
 		w.registerFailed(tx, 500, "Server Internal Error", "security association could not be installed",
-			observe.ReasonInstallFailed)
+			observe.ReasonInstallFailed, retryAfter)
 		return
 	}
 	w.obs.Suite(tx.offer.Suite)
@@ -751,6 +838,10 @@ func (w *Worker) registered(tx *regTx) {
 	}
 	answer := append([]byte(nil), w.out...)
 	kind := tx.kind()
+	if tx.clear {
+		w.registeredClear(tx, answer, expires)
+		return
+	}
 	if s == nil || !s.Live() {
 		// A 200 to a REGISTER in clear would register a UE that nothing protects.
 		if s == nil {
@@ -761,6 +852,10 @@ func (w *Worker) registered(tx *regTx) {
 	}
 	query := tx.contact == "" && !tx.dereg
 	late := !s.UE.Ended.IsZero() && !tx.began.After(s.UE.Ended) // the UE has been de-registered since it asked
+	if tx.foreign {                                             // accepted without the challenge that its own SAs would come from
+		w.finishRegister(tx, answer, 200)
+		return
+	}
 	if (query || late) && s.Phase != sa.Temporary {
 		w.finishRegister(tx, answer, 200)
 		w.verifyAfter(tx)
@@ -781,13 +876,17 @@ func (w *Worker) registered(tx *regTx) {
 	initial := s.Phase == sa.Temporary && s.Over == nil
 	if initial { // the phone has started over
 		s.UE.Bindings = nil
-		if !tx.outbound {
+		if !tx.outbound && !s.UE.Emergency {
 			w.moved(s.UE)
 		}
+	}
+	if s.Phase == sa.Temporary && w.rules.Clear() {
+		w.endClear(s.UE.IMPI)
 	}
 	w.learn(s.UE, tx)
 	s.UE.Expires = w.eg.Now().Add(expires)
 	s.OverTCP = tx.flow.Conn != 0
+	w.apply(s, tx.policy)
 	if s.Phase == sa.Temporary {
 		w.table.Confirm(s, expires+w.cfg.LifetimeExtra)
 	} else {
@@ -819,6 +918,8 @@ func (tx *regTx) kind() observe.RegKind {
 	switch {
 	case tx.dereg:
 		return observe.RegDereg
+	case tx.associated:
+		return observe.RegRefresh
 	case tx.over == nil || tx.over.Phase == sa.Temporary && tx.over.Over == nil:
 		return observe.RegInitial
 	case tx.over.Phase == sa.Temporary:
@@ -887,7 +988,7 @@ func sameContact(a, b string) bool {
 // learn stores what the 200 says about the user (TS 24.229 §5.2.2.2).
 func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 	u.Contact = tx.contact
-	if tx.over.IMPU == tx.impu {
+	if tx.over != nil && tx.over.IMPU == tx.impu {
 		tx.impu = tx.over.IMPU // one string for both
 	}
 	u.Bind(registrar.Binding{IMPU: tx.impu, Associated: w.uris(sipmsg.PAssociatedURI)})
@@ -985,10 +1086,10 @@ func assertedRow(id string, all []string) string {
 
 // bareServer is the Security-Server row of an answer that has no SA set: our list, without SPIs and ports
 // (RFC 3329 §2.3.1).
-func (w *Worker) bareServer() string {
+func bareServer(suites []ims.Suite) string {
 	var b strings.Builder
 	b.WriteString("Security-Server: ")
-	for i, s := range w.cfg.Suites {
+	for i, s := range suites {
 		if i > 0 {
 			b.WriteString(", ")
 		}
@@ -1015,6 +1116,10 @@ func statusPhrase(code int) string {
 		return "Bad Extension"
 	case 421:
 		return "Extension Required"
+	case 430:
+		return "Flow Failed"
+	case 480:
+		return "Temporarily Unavailable"
 	case 488:
 		return "Not Acceptable Here"
 	case 494:
@@ -1023,6 +1128,8 @@ func statusPhrase(code int) string {
 		return "Server Internal Error"
 	case 503:
 		return "Service Unavailable"
+	case 504:
+		return "Server Time-out"
 	}
 	return "Refused"
 }

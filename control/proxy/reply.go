@@ -192,7 +192,7 @@ func needsReceived(v *sipmsg.ViaParm, from netip.Addr) bool {
 func (w *Worker) sendReply(f ims.Flow, s *registrar.Set, msg []byte) {
 	switch {
 	case s != nil:
-		w.sendToUE(s, channelOf(f, s), msg, sipmsg.MethodOther)
+		w.sendToUE(s, w.channelOf(f, s), msg, sipmsg.MethodOther)
 	case f.Conn != 0:
 		w.count(w.eg.SendTCP(f.Conn, msg))
 		w.obs.Message(observe.Out, f.Side, ims.TCP, w.m.CSeqMethod(), codeClass(msg))

@@ -116,7 +116,9 @@ func (w *Worker) clock() time.Duration { return w.eg.Now().Sub(w.subs.epoch) }
 
 // wantsSubscription reports whether the registration of a UE is one to subscribe for: a UE of which the core has told no
 // identity is not (TS 24.229 §5.2.3).
-func wantsSubscription(u *registrar.UE) bool { return len(u.Identities) > 0 }
+func wantsSubscription(u *registrar.UE) bool {
+	return len(u.Identities) > 0 && !u.Emergency && !u.Clear
+}
 
 func (w *Worker) subscriptionOf(u *registrar.UE) *subscription {
 	if int(u.Index) >= len(w.subs.byUE) {
@@ -503,7 +505,7 @@ func (w *Worker) subscriptionRefused(s *subscription, status int) {
 
 // registering reports whether a protected REGISTER of the UE is under way.
 func (w *Worker) registering(u *registrar.UE) bool {
-	tx := w.newest[newestKey(u.IMPI, u.Addr)]
+	tx := w.newest[u.Key()]
 	return tx != nil && tx.final == nil && tx.over != nil && tx.over.UE == u
 }
 

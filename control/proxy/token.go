@@ -21,6 +21,7 @@ const (
 	tokenRegister                       // our Via on a REGISTER
 	tokenSubscribe                      // our Via on a SUBSCRIBE of our own
 	tokenNotify                         // user part of our Contact in it: a NOTIFY for us about the UE
+	tokenClear                          // user part of Path of a REGISTER in clear: 40 bits that name its UE context
 )
 
 // token is what a sealed flow token says. In a branch it must be the same for an INVITE, its CANCEL and the ACK of a
@@ -43,7 +44,7 @@ type Name struct {
 // renamed returns the token with the present name of its UE context: a token lives as long as the registration or dialog
 // that it stands in, over restarts with another number of workers.
 func (c *Config) renamed(t token) token {
-	if len(c.Moved) == 0 {
+	if len(c.Moved) == 0 || t.kind == tokenClear {
 		return t
 	}
 	if n, ok := c.Moved[Name{t.worker, t.ue, t.gen}]; ok {
@@ -59,7 +60,11 @@ const (
 	byUDP     channel = iota + 1
 	byConnIn          // a connection which the UE opened, uc to ps
 	byConnOut         // a connection which we opened, pc to us
+	bySource          // UDP, and the answer goes back to port-uc from port-ps
 )
+
+// tcp reports whether the answer goes on a connection.
+func (c channel) tcp() bool { return c == byConnIn || c == byConnOut }
 
 // tokenLen is the length of a sealed token in text: 16 octets in unpadded base64url, whose alphabet is allowed both in
 // the user part of a SIP URI and in a branch.

@@ -52,6 +52,10 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 	if r.token != nil && !w.inDialog() {
 		r.token = nil // only a dialog has a route set of its own
 	}
+	if r.token == nil && w.cfg.RefuseRoute && !w.preloaded(u, &r) {
+		w.refuse(f, s, 400, "Bad Request", "Route: not the Service-Route of the registration", observe.ReasonRouteNotAllowed)
+		return
+	}
 	hop, ok := w.hopFromUE(f, s, &r)
 	if !ok {
 		return
@@ -68,7 +72,7 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 	w.e.AddrPort(w.mwAddr(hop.Addr.Addr()))
 	w.e.Str(";branch=")
 	w.putBranch(token{kind: tokenToCore, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, w.requestDigits(&via))
-	w.putHint(s.Serial, uint8(channelOf(f, s)))
+	w.putHint(s.Serial, uint8(w.channelOf(f, s)))
 	w.e.Str("\r\n")
 	if r.token == nil && dialogForming(method) {
 		w.e.Str("Record-Route: <sip:")
@@ -94,6 +98,27 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 		return
 	}
 	w.deliverToCore(f, s, hop, method)
+}
+
+// preloaded reports whether what is left of an initial request's Route is the Service-Route (TS 24.229 §5.2.6.3.2A).
+func (w *Worker) preloaded(u *registrar.UE, r *routes) bool {
+	n := 0
+	if r.more {
+		for _, row := range w.m.Rows() {
+			if row.ID != sipmsg.Route || int(row.ValEnd) <= r.rest {
+				continue
+			}
+			for v := w.m.Bytes()[max(int(row.ValStart), r.rest):row.ValEnd]; len(v) > 0; n++ {
+				var elem []byte
+				elem, v = sipmsg.Element(v)
+				na, err := sipmsg.ParseNameAddr(elem)
+				if err != nil || n >= len(u.ServiceRoute) || string(na.URI) != u.ServiceRoute[n] {
+					return false
+				}
+			}
+		}
+	}
+	return n == len(u.ServiceRoute)
 }
 
 // requestDigits tells the transactions of one UE apart by what a retransmission, a CANCEL and a non-2xx ACK repeat: the

@@ -9,6 +9,7 @@ import (
 
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/observe"
+	"github.com/gmgate/gmgate/control/policy"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/control/store"
@@ -21,16 +22,21 @@ type Config struct {
 	Workers int
 
 	// Gm side.
-	Gm            []netip.Addr // our addresses towards the UEs
-	GmPort        uint16       // unprotected port
-	UDPLimit      int          // octets; larger requests to a UE go over TCP, RFC 3261 §18.1.1
-	DropClear     bool         // drop clear requests other than REGISTER instead of answering 403
-	Suites        []ims.Suite  // ordered, ours
-	ServerList    bool         // Security-Server lists every suite, not the chosen one only
-	StatusSuite   int          // no common algorithm
-	StatusVerify  int          // Security-Verify or Security-Client differs
-	StatusTaken   int          // address and port belong to another IMPI
+	Gm            []netip.Addr  // our addresses towards the UEs
+	GmPort        uint16        // unprotected port
+	UDPLimit      int           // octets; larger requests to a UE go over TCP, RFC 3261 §18.1.1
+	DropClear     bool          // drop clear requests other than REGISTER instead of answering 403
+	Suites        []ims.Suite   // ordered, ours
+	ServerList    bool          // Security-Server lists every suite, not the chosen one only
+	StatusSuite   int           // no common algorithm
+	StatusVerify  int           // Security-Verify or Security-Client differs
+	StatusTaken   int           // address and port belong to another IMPI
+	StatusNoSet   int           // no SA set with the UE that a request is for; zero: 480
+	Policy        *policy.Rules // nil: IPsec is required of everybody, with Suites
+	NoEmergency   bool          // refuse emergency registrations
+	RefuseRoute   bool          // answer 400 to a Route that is not the Service-Route, instead of putting it right
 	Registrar     registrar.Config
+	SetsMax       int           // SA sets over all workers, beyond which nobody new is let in; zero: no limit
 	PendingMax    int           // registrations not confirmed yet, over all workers
 	PendingSource int           // of one source: an IPv4 address or an IPv6 /64
 	LifetimeExtra time.Duration // SA lifetime beyond the registration's expiry, TS 24.229 §5.2.2.2
@@ -93,6 +99,7 @@ type Worker struct {
 	seal    sealer
 	sc      scratch
 
+	rules *policy.Rules
 	wheel *wheel.Wheel
 	table *registrar.Table
 	kept  *Kept // to be restored by Boot
@@ -109,10 +116,11 @@ type Worker struct {
 	route  serviceRoute // the last one learnt
 
 	txs               map[txKey]*regTx
-	newest            map[string]*regTx // newest REGISTER transaction by IMPI and address
-	waiting, answered *pendingQueue     // REGISTER transactions in clear
-	protected         *pendingQueue     // and over SA sets
+	newest            map[registrar.Key]*regTx // newest REGISTER transaction of a UE
+	waiting, answered *pendingQueue            // REGISTER transactions in clear
+	protected         *pendingQueue            // and over SA sets
 	conns             map[ims.ConnID]*registrar.Set
+	inClear           map[uint64]*registrar.UE // contexts of registrations in clear, by the name in their Path
 	dials             map[uint64]*dial
 	ueDial            map[*registrar.Set]*dial
 	mwConn            map[netip.AddrPort]ims.ConnID // connections we opened or that are reused, by the peer's listening address
@@ -147,8 +155,8 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 	}
 	w := &Worker{
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
-		mwPort: cfg.MwPort + uint16(id),
-		txs:    make(map[txKey]*regTx), newest: make(map[string]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
+		mwPort: cfg.MwPort + uint16(id), rules: cfg.Policy, inClear: make(map[uint64]*registrar.UE),
+		txs: make(map[txKey]*regTx), newest: make(map[registrar.Key]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
 		protected: newPendingQueue(),
 		conns:     make(map[ims.ConnID]*registrar.Set),
 		dials:     make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
@@ -156,6 +164,9 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 		mwDial: make(map[netip.AddrPort]*dial), answer: make(map[netip.AddrPort]ims.ConnID),
 		sentBy: make(map[ims.ConnID]netip.AddrPort),
 		names:  newResolver(cfg.Hosts),
+	}
+	if w.rules == nil {
+		w.rules = policy.Compile(policy.Settings{IPsec: policy.Require, Suites: cfg.Suites})
 	}
 	return w, nil
 }
@@ -224,6 +235,7 @@ func (w *Worker) Closed(c ims.ConnID, _ ims.Flow) {
 		if s.ConnOut == c {
 			s.ConnOut = 0
 		}
+		w.table.Dissociate(s)
 	}
 	if peer, ok := w.mwPeer[c]; ok {
 		delete(w.mwPeer, c)
@@ -234,14 +246,25 @@ func (w *Worker) Closed(c ims.ConnID, _ ims.Flow) {
 	w.unremember(c)
 }
 
-// fromClear handles what arrives on the unprotected port: REGISTER, and nothing else (TS 33.203 §7.1).
+// fromClear handles what arrives on the unprotected port: REGISTER, and nothing else (TS 33.203 §7.1) but from a phone that
+// the policy has let register in clear, by the address association of that registration (TS 24.229 §5.2.2.3).
 func (w *Worker) fromClear(f ims.Flow) {
 	m := &w.m
+	if m.IsRequest() && m.Method() == sipmsg.MethodRegister {
+		w.register(f, nil)
+		return
+	}
+	if s := w.table.Holder(f); s != nil {
+		if m.IsRequest() {
+			w.requestFromUE(f, s)
+		} else {
+			w.answerFromUE(s)
+		}
+		return
+	}
 	switch {
 	case !m.IsRequest():
 		w.obs.Drop(observe.ReasonUnprotectedResponse)
-	case m.Method() == sipmsg.MethodRegister:
-		w.register(f, nil)
 	case m.Method() == sipmsg.MethodAck || w.cfg.DropClear:
 		w.obs.Drop(observe.ReasonUnprotectedRequest)
 	default:
@@ -309,9 +332,15 @@ func (w *Worker) fromCore(f ims.Flow) {
 	w.answerFromCore(f)
 }
 
-// channelOf says how a request of a UE came in.
-func channelOf(f ims.Flow, s *registrar.Set) channel {
+// channelOf says how a request of a UE came in. rport counts where the policy says so: in the set, the answer otherwise goes
+// from port-pc to port-us.
+func (w *Worker) channelOf(f ims.Flow, s *registrar.Set) channel {
 	switch {
+	case f.Conn == 0 && s.AnswersToSource && f.Local.Port() == s.Ports.PS:
+		if v, err := sipmsg.ParseVia(w.m.Get(sipmsg.Via)); err == nil && v.HasRPort {
+			return bySource
+		}
+		return byUDP
 	case f.Conn == 0:
 		return byUDP
 	case f.Local.Port() == s.Ports.PS:
@@ -334,6 +363,9 @@ func (w *Worker) mwAddr(peer netip.Addr) netip.AddrPort {
 type setObserver struct{ w *Worker }
 
 func (o setObserver) Sets(p sa.Phase, delta int) {
+	if o.w.cfg.Fleet != nil {
+		o.w.cfg.Fleet.sets.Add(int64(delta))
+	}
 	switch p {
 	case sa.Reserved:
 		o.w.obs.Sets(observe.PhaseReserved, delta)
@@ -346,6 +378,8 @@ func (o setObserver) Sets(p sa.Phase, delta int) {
 	case sa.Dead:
 	}
 }
+
+func (o setObserver) Associations(delta int) { o.w.obs.Associations(delta) }
 
 func (o setObserver) UEs(s registrar.State, delta int) {
 	switch s {
@@ -365,11 +399,20 @@ func (o setObserver) Unexpected(fsm string, state, event fmt.Stringer) {
 func (o setObserver) AwaitAuthExpired() { o.w.obs.AwaitAuthExpired() }
 
 func (o setObserver) Gone(u *registrar.UE) {
+	if u.Clear {
+		o.w.forgetClear(u)
+	}
 	o.w.log.Debug("UE context ended", "impi", u.IMPI, "ue", u.Addr, "state", u.State.String())
 	o.w.contextGone(u)
 }
 
 func (o setObserver) SetRemoved(s *registrar.Set) {
+	if s.Clear { // its connection is the phone's own, nothing keeps it from closing in order
+		if o.w.conns[s.ConnIn] == s {
+			delete(o.w.conns, s.ConnIn)
+		}
+		return
+	}
 	for _, c := range []ims.ConnID{s.ConnIn, s.ConnOut} {
 		if c != 0 {
 			delete(o.w.conns, c)

@@ -90,8 +90,10 @@ func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
 	switch {
 	case u.Index == 0 || u.Index > MaxUEs || len(u.Sets) == 0:
 		return fmt.Errorf("%w: index %d, %d sets", ErrRestore, u.Index, len(u.Sets))
-	case t.at(u.Index) != nil || t.byKey[u.key()] != nil:
+	case t.at(u.Index) != nil || t.byKey[u.Key()] != nil:
 		return fmt.Errorf("%w: index %d is taken", ErrRestore, u.Index)
+	case slices.ContainsFunc(u.Sets, func(s *Set) bool { return s.Clear != u.Clear }):
+		return fmt.Errorf("%w: index %d: with SAs and in clear", ErrRestore, u.Index)
 	case u.Current != nil && !slices.Contains(u.Sets, u.Current):
 		return fmt.Errorf("%w: index %d: current set is of another UE", ErrRestore, u.Index)
 	}
@@ -107,7 +109,7 @@ func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
 	}
 	t.reserve(u.Index)
 	t.ues[u.Index], t.gens[u.Index] = u, u.Gen
-	t.byKey[u.key()] = u
+	t.byKey[u.Key()] = u
 	t.byIMPI[u.IMPI] = append(t.byIMPI[u.IMPI], u)
 	u.gatherIdentities()
 	u.kept = true
@@ -116,9 +118,13 @@ func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
 		s.UE, s.kept, s.removing = u, true, removing(s)
 		t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
 		t.byAddr[s.Params.UE] = append(t.byAddr[s.Params.UE], s)
-		t.spis.Reserve(s.SPIs.PC)
-		t.spis.Reserve(s.SPIs.PS)
-		t.obs.Sets(s.Phase, 1)
+		if s.Clear {
+			t.obs.Associations(1)
+		} else {
+			t.spis.Reserve(s.SPIs.PC)
+			t.spis.Reserve(s.SPIs.PS)
+			t.obs.Sets(s.Phase, 1)
+		}
 		t.arm(s, s.Deadline.Sub(t.now()))
 		t.nextID = max(t.nextID, s.ID&(1<<48-1))
 	}
@@ -162,8 +168,6 @@ func (t *Table) reserve(index uint32) {
 	}
 }
 
-func (u *UE) key() ueKey { return ueKey{u.IMPI, u.Addr} }
-
 // Kept reports whether the journal keeps the set.
 func (s *Set) Kept() bool { return s.kept }
 
@@ -181,7 +185,7 @@ func (t *Table) Expired(id uint64) bool {
 // goes where that fails. It reports whether there is such a set.
 func (t *Table) Mend(id uint64, c sa.Counters) bool {
 	s := t.byID(id)
-	if s == nil || !s.Phase.Live() {
+	if s == nil || s.Clear || !s.Phase.Live() {
 		return false
 	}
 	p := s.Params

@@ -27,6 +27,8 @@ var (
 	ErrTooManySets = errors.New("too many SA sets for this UE")
 	// ErrNoPort: every protected port of ours is in use towards this UE.
 	ErrNoPort = errors.New("no protected port left towards this UE")
+	// ErrProtected: the identity has confirmed SA sets, so no association in clear may be made for it.
+	ErrProtected = errors.New("identity has security associations")
 	// ErrAborted: the set was dropped before the backend had installed it.
 	ErrAborted = errors.New("SA set dropped while being installed")
 )
@@ -56,11 +58,15 @@ type Config struct {
 	AwaitAuth   time.Duration // life of a temporary set: reg-await-auth, TS 24.229 §7.8
 	OldSet      time.Duration // 64*T1: an old set after the new one was taken into use, TS 33.203 §7.4
 	MaxSets     int           // SA sets per UE context, TS 33.203 §7.2
+	// NewServerPort prefers another port-ps at a re-registration, though TS 33.203 §7.1 keeps it.
+	NewServerPort bool
 }
 
 // Observer is told of changes worth counting. Its methods run on the worker's loop and must not block.
 type Observer interface {
 	Sets(phase sa.Phase, delta int)
+	// Associations counts the sets without SAs, which Sets leaves out.
+	Associations(delta int)
 	UEs(state State, delta int)
 	AwaitAuthExpired()
 	// Unexpected is told of an event that the state machine has no transition for. It changed nothing.
@@ -72,12 +78,18 @@ type Observer interface {
 }
 
 // UE is the context of one phone: one IMPI at one address. Fields are read by the worker that owns it.
+//
+// An emergency registration has a context of its own beside the normal one, and nothing that happens to one of the two
+// concerns the other (TS 24.229 §5.1.6). A registration in clear has a context of its own as well: a context has either
+// sets with SAs or address associations, never both, so that what was protected cannot go on in clear.
 type UE struct {
-	Index uint32 // position in the table, never zero
-	Gen   uint16 // distinguishes the phones which had this index one after the other
-	IMPI  string
-	Addr  netip.Addr
-	Local netip.Addr
+	Index     uint32 // position in the table, never zero
+	Gen       uint16 // distinguishes the phones which had this index one after the other
+	IMPI      string
+	Addr      netip.Addr
+	Local     netip.Addr
+	Emergency bool // the contact has the parameter sos
+	Clear     bool // its sets are address associations
 
 	Sets    []*Set // reserved, temporary, established and old ones, oldest first
 	Current *Set   // carries requests to the UE; nil before the first 200
@@ -180,10 +192,13 @@ func (u *UE) gatherIdentities() {
 	}
 }
 
-// Set is an SA set with what the SIP side remembers of its agreement.
+// Set is an SA set with what the SIP side remembers of its agreement. With Clear it is an address association instead
+// (TS 24.229 §5.2.2.3): it has no SAs, no SPIs and no keys, the Installer never hears of it, its ports are the phone's source
+// port and our unprotected one, and it is Established from its beginning to its end.
 type Set struct {
 	sa.Params
 	UE     *UE
+	Clear  bool
 	Phase  sa.Phase
 	Serial uint8 // distinguishes the live sets of one UE in flow tokens
 
@@ -195,15 +210,21 @@ type Set struct {
 	OverTCP    bool   // SM7 came over TCP: so do requests to the UE
 	Used       bool   // a message other than SM7 came in on it
 
+	// What the operator's policy says of the traffic; the zero values are the rules of TS 33.203.
+	Requests        ims.Transport // of requests to the UE
+	OwnConnection   bool          // requests to the UE go on connections that we opened only
+	AnswersToSource bool          // UDP answers go from port-ps to port-uc where the request has rport
+
 	Deadline time.Time
 	ConnIn   ims.ConnID // connection opened by the UE, uc to ps
 	ConnOut  ims.ConnID // connection opened by us, pc to us
 
 	timer    wheel.Timer
+	await    time.Duration // reg-await-auth
+	initial  bool          // SM1 came in clear
+	removing bool          // told to go, waiting for its grace
+	kept     bool          // by the journal
 	began    time.Time
-	initial  bool // SM1 came in clear
-	removing bool // told to go, waiting for its grace
-	kept     bool // by the journal
 }
 
 // Dropped reports whether the set was told to go.
@@ -224,10 +245,16 @@ func tupleOf(local, ue netip.AddrPort) tuple {
 	return tuple{ue: ue.Addr().As16(), local: local.Addr().As16(), uePort: ue.Port(), lport: local.Port()}
 }
 
-type ueKey struct {
-	impi string
-	addr netip.Addr
+// Key names a UE context.
+type Key struct {
+	IMPI      string
+	Addr      netip.Addr
+	Emergency bool
+	Clear     bool
 }
+
+// Key returns the name of the context.
+func (u *UE) Key() Key { return Key{u.IMPI, u.Addr, u.Emergency, u.Clear} }
 
 // Table holds the UE contexts of one worker.
 type Table struct {
@@ -244,7 +271,7 @@ type Table struct {
 	ues     []*UE // by index; nil = free
 	gens    []uint16
 	free    []uint32
-	byKey   map[ueKey]*UE
+	byKey   map[Key]*UE
 	byIMPI  map[string][]*UE
 	byTuple map[tuple]*Set
 	byAddr  map[netip.Addr][]*Set
@@ -264,7 +291,7 @@ func New(cfg Config, worker int, spis *sa.SPIPool, w *wheel.Wheel, now func() ti
 	return &Table{
 		cfg: cfg, worker: worker, wheel: w, now: now, installer: inst, post: post, obs: obs, spis: spis,
 		ues: make([]*UE, 1), gens: make([]uint16, 1),
-		byKey: make(map[ueKey]*UE), byIMPI: make(map[string][]*UE), byTuple: make(map[tuple]*Set), byAddr: make(map[netip.Addr][]*Set),
+		byKey: make(map[Key]*UE), byIMPI: make(map[string][]*UE), byTuple: make(map[tuple]*Set), byAddr: make(map[netip.Addr][]*Set),
 		leaving:     make(map[netip.Addr][]*Set),
 		unconfirmed: make(map[netip.Prefix]int),
 	}
@@ -349,12 +376,26 @@ func (t *Table) Lookup(index uint32, gen uint16) *UE {
 	return t.ues[index]
 }
 
-// UEOf returns the context of an IMPI at an address, or nil.
-func (t *Table) UEOf(impi string, addr netip.Addr) *UE { return t.byKey[ueKey{impi, addr}] }
+// UEOf returns the context of an IMPI's normal, protected registration at an address, or nil.
+func (t *Table) UEOf(impi string, addr netip.Addr) *UE { return t.byKey[Key{IMPI: impi, Addr: addr}] }
 
-// Elsewhere returns the contexts of an IMPI at other addresses than this.
+// Context returns the context of that name, or nil.
+func (t *Table) Context(k Key) *UE { return t.byKey[k] }
+
+// Elsewhere returns the contexts of an IMPI's normal, protected registrations at other addresses than this.
 func (t *Table) Elsewhere(impi string, addr netip.Addr) []*UE {
-	return slices.DeleteFunc(slices.Clone(t.byIMPI[impi]), func(u *UE) bool { return u.Addr == addr })
+	return slices.DeleteFunc(slices.Clone(t.byIMPI[impi]), func(u *UE) bool {
+		return u.Addr == addr || u.Emergency || u.Clear
+	})
+}
+
+// Protected reports whether an IMPI has a confirmed SA set at any address of this worker.
+func (t *Table) Protected(impi string) bool {
+	return slices.ContainsFunc(t.byIMPI[impi], func(u *UE) bool {
+		return !u.Clear && slices.ContainsFunc(u.Sets, func(s *Set) bool {
+			return s.Phase == sa.Established || s.Phase == sa.Old
+		})
+	})
 }
 
 // Set returns the live set of the UE with this serial, or nil.
@@ -375,21 +416,35 @@ func (t *Table) SPIsInUse() int { return t.spis.InUse() }
 
 // Offer is what the P-CSCF needs to begin an SA set.
 type Offer struct {
-	IMPI  string
-	Local netip.Addr // our Gm address which SM1 was sent to
-	UE    netip.Addr // source address of SM1
-	Over  *Set       // the set which SM1 came over; nil: in clear
-	SPIC  ims.SPI
-	SPIS  ims.SPI
-	PortC uint16
-	PortS uint16
+	IMPI      string
+	Emergency bool
+	Local     netip.Addr // our Gm address which SM1 was sent to
+	UE        netip.Addr // source address of SM1
+	Over      *Set       // the set which SM1 came over; nil: in clear
+	SPIC      ims.SPI
+	SPIS      ims.SPI
+	PortC     uint16
+	PortS     uint16
+
+	// What the operator's policy gives this UE instead of the values of Config; zero values: those.
+	ServerPorts, ClientPorts []uint16
+	AwaitAuth                time.Duration
 }
+
+func (o *Offer) key() Key { return Key{IMPI: o.IMPI, Addr: o.UE, Emergency: o.Emergency} }
 
 // Check applies TS 33.203 §7.2 to an offer before it goes to the core: the pair of source address and protected client
 // port must not belong to another IMPI, and the UE must not hold too many sets.
 func (t *Table) Check(o *Offer) error {
+	own := t.byKey[o.key()]
 	for _, s := range t.byAddr[o.UE] {
-		if s.UE.IMPI == o.IMPI {
+		switch {
+		case s.Clear || s.UE == own:
+			continue
+		case s.UE.IMPI == o.IMPI: // its emergency registration, or its normal one
+			if spiClash(s, o) {
+				return ErrAddressConflict
+			}
 			continue
 		}
 		if s.Ports.UC == o.PortC || s.Ports.US == o.PortS || s.Ports.UC == o.PortS || s.Ports.US == o.PortC {
@@ -399,9 +454,9 @@ func (t *Table) Check(o *Offer) error {
 			return ErrAddressConflict
 		}
 	}
-	if u := t.UEOf(o.IMPI, o.UE); u != nil {
+	if own != nil {
 		kept := 0
-		for _, s := range u.Sets {
+		for _, s := range own.Sets {
 			if s.Phase == sa.Established || s.Phase == sa.Old {
 				kept++
 				if spiClash(s, o) {
@@ -428,14 +483,14 @@ func spiClash(s *Set, o *Offer) bool {
 //
 // keys are copied by the backend; the set keeps them for the store.
 func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set, error) {
-	u := t.UEOf(o.IMPI, o.UE)
+	u := t.byKey[o.key()]
 	if u != nil {
 		for _, s := range slices.Clone(u.Sets) {
 			if s.Phase == sa.Temporary || s.Phase == sa.Reserved {
 				t.remove(s)
 			}
 		}
-		u = t.UEOf(o.IMPI, o.UE) // the context goes with its last set
+		u = t.byKey[o.key()] // the context goes with its last set
 	}
 	if err := t.Check(o); err != nil {
 		return nil, err
@@ -454,21 +509,25 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 		return nil, err
 	}
 	if u == nil {
-		if u = t.add(o); u == nil {
+		if u = t.add(o.key(), o.Local); u == nil {
 			t.spis.Free(spiC)
 			t.spis.Free(spiS)
 			return nil, ErrTooManySets
 		}
 	}
+	await := o.AwaitAuth
+	if await == 0 {
+		await = t.cfg.AwaitAuth
+	}
 	t.nextID++
 	s := &Set{
-		UE: u, Phase: sa.Reserved, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over, began: t.now(),
+		UE: u, Phase: sa.Reserved, await: await, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over, began: t.now(),
 		Params: sa.Params{
 			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
 			Local: o.Local, UE: o.UE,
 			Ports: ims.Ports{UC: o.PortC, US: o.PortS, PC: pc, PS: ps},
 			SPIs:  ims.SPIs{UC: o.SPIC, US: o.SPIS, PC: spiC, PS: spiS},
-			Keys:  keys, Hard: t.cfg.AwaitAuth + hardMargin,
+			Keys:  keys, Hard: await + hardMargin,
 		},
 	}
 	t.makeRoom(s)
@@ -496,7 +555,7 @@ func (t *Table) installed(s *Set, err error, done func(*Set, error)) {
 		done(s, fmt.Errorf("install SA set: %w", err))
 	default:
 		t.happen(s, sa.Acknowledged)
-		t.arm(s, t.cfg.AwaitAuth)
+		t.arm(s, s.await)
 		t.keepWithin(s.UE, temporaryKept)
 		done(s, nil)
 	}
@@ -506,9 +565,21 @@ func (t *Table) installed(s *Set, err error, done func(*Set, error)) {
 // starts over in clear while its old set lives gets another server port, so that both sets have distinct selectors.
 // port-pc differs from those of every live set towards that address.
 func (t *Table) pickPorts(u *UE, o *Offer) (ps, pc uint16, err error) {
-	candidates := t.cfg.ServerPorts
+	candidates, clients := o.ServerPorts, o.ClientPorts
+	if len(candidates) == 0 {
+		candidates = t.cfg.ServerPorts
+	}
+	if len(clients) == 0 {
+		clients = t.cfg.ClientPorts
+	}
 	if o.Over != nil { // a phone that reuses its client port as well still gets a set, on another server port
-		candidates = append([]uint16{o.Over.Ports.PS}, candidates...)
+		used := o.Over.Ports.PS
+		others := slices.DeleteFunc(slices.Clone(candidates), func(p uint16) bool { return p == used })
+		if t.cfg.NewServerPort {
+			candidates = append(others, used)
+		} else {
+			candidates = append([]uint16{used}, others...)
+		}
 	}
 	free := func(ue, local uint16) bool {
 		_, taken := t.byTuple[tupleOf(netip.AddrPortFrom(o.Local, local), netip.AddrPortFrom(o.UE, ue))]
@@ -527,12 +598,12 @@ func (t *Table) pickPorts(u *UE, o *Offer) (ps, pc uint16, err error) {
 	if u != nil {
 		turn = u.portTurn
 	}
-	for i := range t.cfg.ClientPorts {
-		p := t.cfg.ClientPorts[(turn+i)%len(t.cfg.ClientPorts)]
+	for i := range clients {
+		p := clients[(turn+i)%len(clients)]
 		inUse := slices.ContainsFunc(t.byAddr[o.UE], func(s *Set) bool { return s.UE == u && s.Ports.PC == p })
 		if !inUse && free(o.PortS, p) && free(o.PortC, p) {
 			if u != nil {
-				u.portTurn = (turn + i + 1) % len(t.cfg.ClientPorts)
+				u.portTurn = (turn + i + 1) % len(clients)
 			}
 			return ps, p, nil
 		}
@@ -540,7 +611,7 @@ func (t *Table) pickPorts(u *UE, o *Offer) (ps, pc uint16, err error) {
 	return 0, 0, ErrNoPort
 }
 
-func (t *Table) add(o *Offer) *UE {
+func (t *Table) add(k Key, local netip.Addr) *UE {
 	var index uint32
 	switch n := len(t.free); {
 	case n > 0:
@@ -551,9 +622,12 @@ func (t *Table) add(o *Offer) *UE {
 	default:
 		return nil
 	}
-	u := &UE{State: Pending, Index: index, Gen: t.gens[index], IMPI: o.IMPI, Addr: o.UE, Local: o.Local}
+	u := &UE{
+		State: Pending, Index: index, Gen: t.gens[index], IMPI: k.IMPI, Addr: k.Addr, Local: local,
+		Emergency: k.Emergency, Clear: k.Clear,
+	}
 	t.ues[index] = u
-	t.byKey[u.key()] = u
+	t.byKey[k] = u
 	t.byIMPI[u.IMPI] = append(t.byIMPI[u.IMPI], u)
 	t.obs.UEs(Pending, 1)
 	return u
@@ -698,7 +772,9 @@ func (t *Table) Shorten(u *UE, life time.Duration) {
 // extend sets the life of a set here and the backstop in the backend.
 func (t *Table) extend(s *Set, life time.Duration) {
 	t.arm(s, life)
-	t.backstop(s, extendTries)
+	if !s.Clear {
+		t.backstop(s, extendTries)
+	}
 }
 
 // backstop moves the hard limit of a set in the backend beyond our own. A backend that is busy is asked again; one that
@@ -785,6 +861,7 @@ func (t *Table) remove(s *Set) {
 	phase, connected := s.Phase, s.ConnIn != 0 || s.ConnOut != 0
 	t.unlink(s, sa.Removed)
 	switch {
+	case s.Clear: // the backend has nothing of it
 	case phase != sa.Temporary && connected:
 		// The resets of its connections still have to get out over it. Temporary sets do not wait, since the UE may
 		// offer the same SPIs again at once.
@@ -835,8 +912,11 @@ func (t *Table) freeSPIs(s *Set) {
 func (t *Table) unlink(s *Set, e sa.Event) {
 	t.wheel.Stop(&s.timer)
 	t.happen(s, e)
-	delete(t.byTuple, s.tupleA())
-	delete(t.byTuple, s.tupleB())
+	for _, k := range []tuple{s.tupleA(), s.tupleB()} {
+		if t.byTuple[k] == s { // an association may have been taken over
+			delete(t.byTuple, k)
+		}
+	}
 	if rest := slices.DeleteFunc(t.byAddr[s.Params.UE], func(o *Set) bool { return o == s }); len(rest) > 0 {
 		t.byAddr[s.Params.UE] = rest
 	} else {
@@ -857,7 +937,7 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 	t.obs.SetRemoved(s)
 	if len(u.Sets) == 0 {
 		t.forgetUE(u)
-		delete(t.byKey, u.key())
+		delete(t.byKey, u.Key())
 		if rest := slices.DeleteFunc(t.byIMPI[u.IMPI], func(o *UE) bool { return o == u }); len(rest) > 0 {
 			t.byIMPI[u.IMPI] = rest
 		} else {
@@ -888,6 +968,13 @@ func (t *Table) happen(s *Set, e sa.Event) {
 	next, ok := s.Phase.On(e)
 	if !ok {
 		t.obs.Unexpected("sa_set", s.Phase, e)
+		return
+	}
+	if s.Clear {
+		if next == sa.Dead {
+			t.obs.Associations(-1)
+		}
+		s.Phase = next
 		return
 	}
 	waited := s.waits()

@@ -39,11 +39,15 @@ type bench struct {
 	sets    map[sa.Phase]int
 	ues     map[State]int
 	expired int
-	gone    []*Set
-	ended   []*UE
+
+	associations int
+
+	gone  []*Set
+	ended []*UE
 }
 
 func (b *bench) Sets(p sa.Phase, d int) { b.sets[p] += d }
+func (b *bench) Associations(d int)     { b.associations += d }
 func (b *bench) UEs(s State, d int)     { b.ues[s] += d }
 func (b *bench) Unexpected(fsm string, state, event fmt.Stringer) {
 	b.t.Errorf("%s: unexpected event %v in state %v", fsm, event, state)
@@ -123,6 +127,9 @@ func (b *bench) empty() {
 	}
 	if n := b.spis.InUse(); n != 0 {
 		b.t.Errorf("%d SPIs left in use", n)
+	}
+	if b.associations != 0 {
+		b.t.Errorf("gauge of associations is %d", b.associations)
 	}
 	if b.table.UEs() != 0 || len(b.table.byTuple) != 0 || len(b.table.byAddr) != 0 || len(b.table.byIMPI) != 0 || b.wheel.Len() != 0 {
 		b.t.Errorf("left: %d UE contexts, %d tuples, %d addresses, %d timers",

@@ -87,7 +87,8 @@ func (p Phase) On(e Event) (Phase, bool) {
 // Diagram draws the state machine as a Mermaid state diagram.
 func Diagram() string {
 	var b strings.Builder
-	b.WriteString("stateDiagram-v2\n    [*] --> reserved: offer challenged\n")
+	b.WriteString("stateDiagram-v2\n    [*] --> reserved: offer challenged\n" +
+		"    [*] --> established: address association, without SAs\n")
 	for _, t := range transitions {
 		_, _ = fmt.Fprintf(&b, "    %s --> %s: %s\n", t.from, t.to, t.event)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -18,8 +19,8 @@ const DefaultInterval = time.Minute
 // Books are the workers, who decide which sets there are.
 type Books interface {
 	// Sets returns the ids of the sets which the workers believe the backend to hold, each with whether the store
-	// keeps it.
-	Sets(ctx context.Context) (map[uint64]bool, error)
+	// keeps it, and in the same way those without SAs, which concern the store alone.
+	Sets(ctx context.Context) (sets, clear map[uint64]bool, err error)
 	// Mend has a set installed again, with these sequence numbers.
 	Mend(id uint64, c sa.Counters)
 }
@@ -117,7 +118,7 @@ func (r *Reconciler) count(f func()) {
 
 // Round compares once, checkpoints sequence numbers, and has mended what was missing in the backend twice in a row.
 func (r *Reconciler) Round(ctx context.Context) error {
-	books, err := r.cfg.Books.Sets(ctx)
+	books, clear, err := r.cfg.Books.Sets(ctx)
 	if err != nil {
 		return fmt.Errorf("ask workers: %w", err)
 	}
@@ -139,6 +140,7 @@ func (r *Reconciler) Round(ctx context.Context) error {
 			now[BackendExtra][id] = true
 		}
 	}
+	maps.Copy(books, clear)
 	if err := r.compareStore(ctx, books, &now); err != nil {
 		return err
 	}

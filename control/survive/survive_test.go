@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"testing"
@@ -345,12 +346,15 @@ func TestLoadFails(t *testing.T) {
 // books are workers that say what they are told to.
 type books struct {
 	sets   map[uint64]bool
+	clear  map[uint64]bool
 	mended map[uint64]sa.Counters
 	err    error
 }
 
-func (b *books) Sets(context.Context) (map[uint64]bool, error) { return b.sets, b.err }
-func (b *books) Mend(id uint64, c sa.Counters)                 { b.mended[id] = c }
+func (b *books) Sets(context.Context) (sets, clear map[uint64]bool, err error) {
+	return maps.Clone(b.sets), b.clear, b.err
+}
+func (b *books) Mend(id uint64, c sa.Counters) { b.mended[id] = c }
 
 func (w *world) reconciler(b *books) (*Reconciler, *store.Writer) {
 	var stored []uint64

@@ -33,6 +33,7 @@ var allowed = map[string][]string{
 	"control/secagree":  {"control/ims"},
 	"control/aka":       {"control/ims"},
 	"control/config":    {"control/ims"},
+	"control/policy":    {"control/ims"},
 	"control/sa":        {"control/ims", "control/secagree", "control/aka", "control/sa"},
 	"control/store":     {"control/ims", "control/sa", "control/store"},
 	"control/observe":   {"control/ims", "control/observe", "dataplane/sipmsg"},
@@ -41,7 +42,7 @@ var allowed = map[string][]string{
 	"control/registrar": {"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel"},
 	"control/proxy": {
 		"control/ims", "control/secagree", "control/aka", "control/sa", "control/wheel", "control/registrar",
-		"control/observe", "control/regevent", "control/reginfo", "control/store", "dataplane/sipmsg",
+		"control/observe", "control/policy", "control/regevent", "control/reginfo", "control/store", "dataplane/sipmsg",
 	},
 	"control/survive": {"control/ims", "control/sa", "control/store"},
 	// The operator's side of proxy: nobody but cmd imports it.

@@ -145,19 +145,19 @@ func ParseNonce(nonce string) (rnd, autn [16]byte, err error) {
 
 // Digest is the input of one digest computation, every field as it stands unquoted in the header.
 type Digest struct {
-	Algorithm                                string // AKAv1-MD5, AKAv1-MD5-sess or AKAv2-MD5; empty means AKAv1-MD5
+	Algorithm                                string // AKAv1-MD5, AKAv1-MD5-sess or AKAv2-MD5, empty means AKAv1-MD5; MD5 for a password
 	Username, Realm, URI, Method             string
 	Nonce, QOP /* "" for none */, NC, CNonce string
 	Body                                     []byte
 }
 
 // Response computes the response parameter. The password is RES itself for AKAv1 (RFC 3310 §3.3) and a MAC under
-// RES, IK and CK for AKAv2 (RFC 4169 §3). A zero Vector gives the empty password of the AUTS case.
+// RES, IK and CK for AKAv2 (RFC 4169 §3); for SIP digest it stands in RES (RFC 2617 §3.2.2). A zero Vector gives the empty password of the AUTS case.
 func (d Digest) Response(v Vector) (string, error) {
 	password := []byte(v.RES)
 	sess := false
 	switch strings.ToLower(d.Algorithm) {
-	case "", "akav1-md5":
+	case "", "akav1-md5", "md5":
 	case "akav1-md5-sess":
 		sess = true
 	case "akav2-md5":
