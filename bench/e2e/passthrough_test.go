@@ -140,6 +140,8 @@ func wantStatus(t *testing.T, what string, m *sipwire.Message, status int) {
 
 // TestPassThrough: a phone with SIP digest lives beside one with IPsec, both in the same network, and neither gets the other's
 // treatment.
+//
+// Peers: C1.04, C2.08
 func TestPassThrough(t *testing.T) {
 	f := start(t, fixtureConfig{
 		digest: 1, daemon: lab.DaemonOptions{IPsec: "allow"},
