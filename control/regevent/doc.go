@@ -3,7 +3,7 @@
 //
 // The state machine knows nothing of SIP. It is one table of which event is legal in which state and where it leads;
 // Next is a pure function of a Subscription, an Event and the time that returns the new Subscription and Actions, which
-// the caller carries out: messages to send, timers to arm, a document to apply. testdata/states.md shows the table. The
+// the caller carries out: messages to send, timers to arm, a document to apply. docs/subscription.md shows the table. The
 // Dialog is the other half: it builds the messages and reads what comes in into Events.
 //
 // How the parts are used:

@@ -357,7 +357,7 @@ func join(states []State) string {
 	return strings.Join(names, ", ")
 }
 
-func TestDiagram(t *testing.T) { golden(t, "testdata/states.md", []byte(render())) }
+func TestDiagram(t *testing.T) { golden(t, "../../docs/subscription.md", []byte(render())) }
 
 // told writes actions in a short form.
 func told(actions []Action) string {
