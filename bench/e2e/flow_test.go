@@ -138,7 +138,8 @@ func (f *fixture) flow(ctx context.Context, t *testing.T, ends ...*end) *flow {
 	return w
 }
 
-// smallFlow is a flow in which everything fits into a datagram, so that SIP itself repeats what was lost.
+// smallFlow is a flow of messages that fit into datagrams all the way, so that SIP itself repeats what was lost. An INVITE
+// does not: with the Record-Route of the core it goes by TCP.
 func (f *fixture) smallFlow(ctx context.Context, t *testing.T, ends ...*end) *flow {
 	t.Helper()
 	w := f.newFlow(ctx, t)
@@ -162,7 +163,9 @@ func (w *flow) among(ends ...*end) {
 		next := ends[(i+1)%len(ends)]
 		if next != e {
 			w.run(&loop{from: e}, messagePause, func() *op { return w.message(e, next) })
-			w.run(&loop{from: e}, callPause, func() *op { return w.call(e, next) })
+			if !w.small {
+				w.run(&loop{from: e}, callPause, func() *op { return w.call(e, next) })
+			}
 		}
 		w.run(&loop{}, messagePause, func() *op { return w.message(nil, e) })
 	}
@@ -277,7 +280,7 @@ func (w *flow) message(from, to *end) *op {
 func (w *flow) call(from, to *end) *op {
 	o := w.begin(&op{call: true, from: from, to: to})
 	c := ue.CallOptions{PRACK: true, RemoteBye: o.callee}
-	if o.serial%3 == 0 && !w.small {
+	if o.serial%3 == 0 {
 		c.BodySize = largeBody
 	}
 	res, err := from.u.Call(w.ctx, to.uri, c)

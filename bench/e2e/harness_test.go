@@ -385,6 +385,9 @@ func eventually(ctx context.Context, limit time.Duration, ok func() bool) bool {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	tick := time.NewTicker(poll)
+	if slowMachine() {
+		tick.Reset(10 * poll) // a look at the metrics costs more than that
+	}
 	defer tick.Stop()
 	for {
 		if ok() {

@@ -198,6 +198,7 @@ func TestRestart(t *testing.T) {
 				f.toNetwork(ctx, t, ends)
 				w := f.smallFlow(ctx, t, ends[:talkers]...)
 				w.turn(ctx, t)
+				hangUp := f.calls(ctx, t, ends)
 				kernel := backend() == "xfrm"
 				var before map[ims.SPI]kernelState
 				ready := f.restart(ctx, t, func() error {
@@ -214,6 +215,7 @@ func TestRestart(t *testing.T) {
 				t.Logf("all %d phones have answered %s after that", len(ends), slowest.Round(time.Millisecond))
 				f.toNetwork(ctx, t, ends)
 				w.turn(ctx, t)
+				hangUp()
 				if kernel {
 					compareStates(t, before, f.states(t), how.flush)
 				}
@@ -252,6 +254,35 @@ func TestRestart(t *testing.T) {
 				}
 				f.wantNoSets(ctx, t)
 			})
+		}
+	}
+}
+
+// calls sets up calls between every two phones, and returns when they stand. Ending them takes a re-INVITE, an UPDATE and a
+// BYE in each.
+func (f *fixture) calls(ctx context.Context, t *testing.T, ends []*end) (hangUp func()) {
+	t.Helper()
+	until := make(chan struct{})
+	done := make(chan error, len(ends)/2)
+	for i := 0; i+1 < len(ends); i += 2 {
+		from, to := ends[i], ends[i+1]
+		go func() {
+			_, err := from.u.Call(ctx, to.uri, ue.CallOptions{PRACK: true, ReInvite: i%4 == 0, Update: true, Until: until})
+			done <- err
+		}()
+	}
+	for i := 1; i < len(ends); i += 2 {
+		if _, err := ends[i].u.WaitReceived(ctx, "ACK", 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return func() {
+		t.Helper()
+		close(until)
+		for range len(ends) / 2 {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
 		}
 	}
 }
@@ -304,10 +335,7 @@ func compareStates(t *testing.T, before, after map[ims.SPI]kernelState, again bo
 // TestRestartExpired: registrations that end while the daemon is away are gone when it comes back, and their SAs; others
 // are not.
 func TestRestartExpired(t *testing.T) {
-	life := shortLife
-	if slowMachine() {
-		life *= 5
-	}
+	life := life()
 	f := start(t, func() fixtureConfig {
 		cfg := stored(t, fixtureConfig{})
 		cfg.daemon.LifetimeMargin = lifetimeMargin
