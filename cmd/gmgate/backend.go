@@ -25,7 +25,7 @@ type backend struct {
 	hidden *hostnet.NS // where protected sockets must be made; nil: here
 	able   []ims.Suite // nil: every suite
 	stats  func() esptun.Stats
-	kernel func() (map[string]uint64, error) // counters of the kernel's XFRM
+	kernel *xfrm.Backend // Backend, if it is the kernel's
 }
 
 // openBackend opens the ESP backend: with auto the kernel where it can do ESP, else user space.
@@ -73,7 +73,7 @@ func openKernel(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger, reason
 		return nil, fmt.Errorf("open ESP backend xfrm: %w", err)
 	}
 	support := b.Support()
-	k := &backend{Backend: b, name: "xfrm", reason: reason, able: support.Suites, kernel: b.Statistics}
+	k := &backend{Backend: b, name: "xfrm", reason: reason, able: support.Suites, kernel: b}
 	if len(k.suites(cfg.Security.Suites())) == 0 {
 		return nil, errors.Join(fmt.Errorf("open ESP backend xfrm: the kernel can do none of the configured algorithms: %s",
 			support.Reason), b.Close())
@@ -139,16 +139,21 @@ func (b *backend) observe(m *observe.Metrics) {
 	}
 }
 
-// observeKernel exports the counters of the kernel's XFRM, where it keeps any (/proc/net/xfrm_stat).
-func observeKernel(m *observe.Metrics, read func() (map[string]uint64, error)) {
-	names, err := read()
+// observeKernel exports what happened to our policies and notifications, and the counters of the kernel's XFRM, where it
+// keeps any (/proc/net/xfrm_stat).
+func observeKernel(m *observe.Metrics, b *xfrm.Backend) {
+	m.AddFunc("xfrm_policies_restored_total", "Policies of the protected ports that another program removed or changed, put back; should be 0.",
+		observe.Counter, nil, func() float64 { return float64(b.PoliciesRestored()) })
+	m.AddFunc("xfrm_monitor_overruns_total", "Times that the kernel had more XFRM notifications than its buffer takes.",
+		observe.Counter, nil, func() float64 { return float64(b.Overruns()) })
+	names, err := b.Statistics()
 	if err != nil {
 		return
 	}
 	for name := range names {
 		m.AddFunc("xfrm_errors_total", "Packets that the kernel's XFRM dropped.", observe.Counter,
 			map[string]string{"counter": name}, func() float64 {
-				now, err := read()
+				now, err := b.Statistics()
 				if err != nil {
 					return 0
 				}

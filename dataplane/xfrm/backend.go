@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/vishvananda/netlink/nl"
+
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/dataplane/hostnet"
@@ -87,11 +89,14 @@ type Backend struct {
 	host    host
 	lock    io.Closer // keeps other backends out of the namespace
 
+	policies []policy // the constant ones; not changed after New
+
 	installed atomic.Int64 // SAs
 	wake      chan struct{}
 	closing   chan struct{} // closed by Close and Detach
 	stopped   chan struct{} // closed when the worker has ended
-	replace   chan struct{} // the kernel may have removed one of our policies
+	suspicion chan struct{} // one of our policies may be gone or changed
+	restored  atomic.Uint64 // policies
 
 	mu      sync.Mutex // guards the queue
 	queue   []request
@@ -100,14 +105,17 @@ type Backend struct {
 	closed  bool
 	keep    bool // Detach: the removals that wait are still carried out
 
-	monitor  monitor
-	watched  chan struct{} // closed when nobody reads the monitor any more
+	// Each event group has a socket and a goroutine, so that a change of policies never waits behind Config.Expired.
+	expiries, changes monitor
+
+	watchers sync.WaitGroup // the readers of the monitors, and the guard
 	overruns atomic.Uint64
+	ports    []uint32 // of conn and query: by these the kernel says that a change is ours
 
 	extraMu sync.Mutex // one Adopt or Survey at a time, each with a socket of its own; the end waits for it
 
 	queryMu sync.Mutex // guards query
-	query   *conn      // counts; a socket of its own, so that a reader never waits for the worker
+	query   *conn      // counts and the guard's; a socket of its own, so that neither waits for the worker
 
 	// books guards what is known to be in the kernel. The worker holds it while it executes a batch, so that the books
 	// and the kernel agree whenever it is free. It is taken before queryMu.
@@ -117,9 +125,8 @@ type Backend struct {
 	flux   *flux              // not nil during a Survey
 
 	// The following belong to the worker; Close uses them once it has ended.
-	conn     *conn
-	pending  []request // taken from queue, not yet executed
-	policies []policy
+	conn    *conn
+	pending []request // taken from queue, not yet executed
 }
 
 var _ sa.Backend = (*Backend)(nil)
@@ -170,15 +177,15 @@ func New(cfg Config) (*Backend, error) { return newBackend(cfg, namespace{cfg.NS
 type host interface {
 	lock(reqid int) (io.Closer, error)
 	open() (socket, error)
-	monitor() (monitor, error)
+	monitor(group int) (monitor, error)
 }
 
 // namespace is a network namespace of the real kernel, the process's if ns is nil.
 type namespace struct{ ns *hostnet.NS }
 
-func (n namespace) open() (socket, error)             { return openSocket(n.ns) }
-func (n namespace) monitor() (monitor, error)         { return openMonitor(n.ns) }
-func (n namespace) lock(reqid int) (io.Closer, error) { return openLock(n.ns, reqid) }
+func (n namespace) open() (socket, error)              { return openSocket(n.ns) }
+func (n namespace) monitor(group int) (monitor, error) { return openMonitor(n.ns, group) }
+func (n namespace) lock(reqid int) (io.Closer, error)  { return openLock(n.ns, reqid) }
 
 func newBackend(cfg Config, h host) (*Backend, error) {
 	if err := cfg.complete(); err != nil {
@@ -187,8 +194,8 @@ func newBackend(cfg Config, h host) (*Backend, error) {
 	b := &Backend{
 		cfg: cfg, reqid: uint32(cfg.ReqID), window: cfg.Window, log: cfg.Logger, //nolint:gosec // checked by complete
 		host: h, wake: make(chan struct{}, 1), closing: make(chan struct{}), stopped: make(chan struct{}),
-		replace: make(chan struct{}, 1), watched: make(chan struct{}),
-		sets: make(map[uint64]set), owners: make(map[stateKey]owner),
+		suspicion: make(chan struct{}, 1),
+		sets:      make(map[uint64]set), owners: make(map[stateKey]owner),
 	}
 	var err error
 	if b.lock, err = h.lock(cfg.ReqID); err != nil {
@@ -203,14 +210,27 @@ func newBackend(cfg Config, h host) (*Backend, error) {
 		return nil, errors.Join(classify(err), b.conn.sock.close(), b.lock.Close())
 	}
 	b.query = newConn(sock)
-	if b.monitor, err = h.monitor(); err != nil {
+	for _, c := range []*conn{b.conn, b.query} {
+		port, err := c.sock.port()
+		if err != nil {
+			return nil, errors.Join(err, b.closeSockets())
+		}
+		b.ports = append(b.ports, port)
+	}
+	// Before the policies are placed: what happens to them while this goes on is noticed.
+	if b.expiries, err = h.monitor(nl.XFRMNLGRP_EXPIRE); err != nil {
 		return nil, errors.Join(classify(err), b.closeSockets())
 	}
+	if b.changes, err = h.monitor(nl.XFRMNLGRP_POLICY); err != nil {
+		return nil, errors.Join(classify(err), b.expiries.close(), b.closeSockets())
+	}
 	if err := b.start(); err != nil {
-		return nil, errors.Join(err, b.monitor.close(), b.closeSockets())
+		return nil, errors.Join(err, b.expiries.close(), b.changes.close(), b.closeSockets())
 	}
 	go b.work()
-	go b.watch()
+	b.watchers.Go(func() { b.watch(b.expiries) })
+	b.watchers.Go(func() { b.watch(b.changes) })
+	b.watchers.Go(b.guard)
 	return b, nil
 }
 
@@ -437,7 +457,8 @@ func (b *Backend) Detach() error {
 	return b.closeSockets()
 }
 
-// end stops the worker and the monitor. It returns false if that had been done before.
+// end stops the worker, the monitors and the guard: what happens to the policies from then on is nobody else's doing. It
+// returns false if that had been done before.
 func (b *Backend) end(keep bool) bool {
 	b.mu.Lock()
 	first := !b.closed
@@ -449,10 +470,10 @@ func (b *Backend) end(keep bool) bool {
 	b.mu.Unlock()
 	<-b.stopped
 	if first {
-		if err := b.monitor.close(); err != nil {
-			b.log.Warn("cannot close the expiry monitor", slog.Any("error", err))
+		if err := errors.Join(b.expiries.close(), b.changes.close()); err != nil {
+			b.log.Warn("cannot close the event monitors", slog.Any("error", err))
 		}
 	}
-	<-b.watched
+	b.watchers.Wait()
 	return first
 }

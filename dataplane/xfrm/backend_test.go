@@ -427,7 +427,8 @@ func TestNewUnlocks(t *testing.T) {
 	}{
 		{"no socket", func(k *fakeKernel) { k.most = 0 }, unix.EMFILE},
 		{"no second socket", func(k *fakeKernel) { k.most = 1 }, unix.EMFILE},
-		{"no monitor", func(k *fakeKernel) { k.most = 2 }, unix.EMFILE},
+		{"no monitor of limits", func(k *fakeKernel) { k.most = 2 }, unix.EMFILE},
+		{"no monitor of policies", func(k *fakeKernel) { k.most = 3 }, unix.EMFILE},
 		{"no ESP", func(k *fakeKernel) {
 			k.refuse = func(uint16, stateID) unix.Errno { return unix.EPROTONOSUPPORT }
 		}, ErrNoESP},

@@ -37,6 +37,7 @@ func (e *KernelError) Unwrap() error { return e.Errno }
 type socket interface {
 	send(b []byte) error
 	recv(b []byte) (int, error)
+	port() (uint32, error) // what the kernel calls it in notifications of what it did
 	close() error
 }
 
@@ -132,6 +133,18 @@ func (s netlinkSocket) recv(b []byte) (int, error) {
 		}
 		return n, err
 	}
+}
+
+func (s netlinkSocket) port() (uint32, error) {
+	a, err := unix.Getsockname(int(s))
+	if err != nil {
+		return 0, fmt.Errorf("look up XFRM netlink port: %w", err)
+	}
+	n, ok := a.(*unix.SockaddrNetlink)
+	if !ok {
+		return 0, fmt.Errorf("look up XFRM netlink port: %w", unix.EAFNOSUPPORT)
+	}
+	return n.Pid, nil
 }
 
 func (s netlinkSocket) close() error { return unix.Close(int(s)) }

@@ -25,8 +25,11 @@
 //     them over, and Adopt takes over the states or removes them. Should nobody come back, the states end with their hard
 //     limit and the policies after ten days, later than any state. While the process lives it renews the policies daily.
 //   - Nothing passes a protected port in clear at any time from New until the block policies after Close expire, or
-//     the policies of a process that died and did not come back within nine days. Policies are only ever replaced in
-//     place, never deleted.
+//     the policies of a process that died and did not come back within nine days. We only ever replace policies in
+//     place, and never delete them.
+//   - Whoever else removes or changes one of the policies, by accident (ip xfrm policy flush) or for another reason, opens
+//     the protected ports: the kernel tells, the policies are put back within milliseconds, and PoliciesRestored counts
+//     it. This is a repair and no defence against another program with CAP_NET_ADMIN.
 //   - Nothing here formats a key or a netlink message; buffers that held keys are overwritten.
 //
 // One Backend per network namespace and reqid: New takes a lock, so that a second daemon that is started by mistake
@@ -36,9 +39,10 @@
 // # Concurrency
 //
 // Install, Remove and Extend queue a request and return; one worker goroutine executes them in order, several SA sets
-// per system call, and calls done. Another goroutine reads the kernel's expiry events and calls Config.Expired. Adopt and
-// Survey read the kernel on the goroutine of the caller, each with a socket of its own: the worker waits for all of Adopt,
-// but goes on during Survey, which judges only what it did not touch. All methods may be called from any goroutine.
+// per system call, and calls done. Another goroutine reads the kernel's expiry events and calls Config.Expired, one
+// reads its notifications of policy changes, and one puts policies back. Adopt and Survey read the kernel on the goroutine
+// of the caller, each with a socket of its own: the worker waits for all of Adopt, but goes on during Survey, which judges
+// only what it did not touch. All methods may be called from any goroutine.
 //
 // # Time
 //

@@ -1,6 +1,7 @@
 package xfrm
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -25,21 +27,26 @@ type fakeKernel struct {
 	states   map[stateID]stateHead
 	bodies   map[stateID][]byte // what NEWSA said of a state, for dumps; one without has a head only
 	policies map[policyID]nl.XfrmUserpolicyInfo
+	attrs    map[policyID][]byte                     // what was said of a policy beside that
 	sends    [][]uint16                              // message types of every send, in order
 	refuse   func(typ uint16, id stateID) unix.Errno // error for a state message, 0 to go on
 	mute     func(typ uint16, id stateID) bool       // executes the message but loses its acknowledgement
 	gate     chan struct{}                           // if not nil, each send waits for a value
 	dumped   func(n int)                             // called after each state of a dump has been written
 	broken   int                                     // dumps that are marked as interrupted
-	events   *fakeMonitor
+	events   *fakeMonitor                            // of limits
+	changes  *fakeMonitor                            // of policies
+	placed   func(policyID)                          // called after a policy was put into place, before the acknowledgement
 	locked   bool
 	sockets  int // open ones
+	opened   uint32
 	most     int // sockets that can be opened
 }
 
 func newFakeKernel() *fakeKernel {
 	return &fakeKernel{
-		states: map[stateID]stateHead{}, bodies: map[stateID][]byte{}, policies: map[policyID]nl.XfrmUserpolicyInfo{}, most: 5,
+		states: map[stateID]stateHead{}, bodies: map[stateID][]byte{}, policies: map[policyID]nl.XfrmUserpolicyInfo{},
+		attrs: map[policyID][]byte{}, most: 6,
 	}
 }
 
@@ -75,29 +82,39 @@ func (k *fakeKernel) open() (socket, error) {
 		return nil, unix.EMFILE
 	}
 	k.sockets++
-	return &fakeSocket{k: k}, nil
+	k.opened++
+	return &fakeSocket{k: k, number: 1000 + k.opened}, nil
 }
 
-// monitor makes a socket for events.
-func (k *fakeKernel) monitor() (monitor, error) {
+// monitor makes a socket for the events of a group.
+func (k *fakeKernel) monitor(group int) (monitor, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.sockets == k.most {
 		return nil, unix.EMFILE
 	}
 	k.sockets++
-	k.events = &fakeMonitor{k: k, queue: make(chan []byte, 100), closed: make(chan struct{})}
-	return k.events, nil
+	m := &fakeMonitor{k: k, queue: make(chan []byte, 100), closed: make(chan struct{})}
+	if group == nl.XFRMNLGRP_POLICY {
+		k.changes = m
+	} else {
+		k.events = m
+	}
+	return m, nil
 }
 
-// fakeMonitor delivers events, and ENOBUFS for an empty one.
+// fakeMonitor delivers events, and ENOBUFS for an empty one and after more than it can keep.
 type fakeMonitor struct {
 	k      *fakeKernel
+	lost   atomic.Bool
 	queue  chan []byte
 	closed chan struct{}
 }
 
 func (m *fakeMonitor) read(b []byte) (int, error) {
+	if m.lost.Swap(false) {
+		return 0, unix.ENOBUFS
+	}
 	select {
 	case e := <-m.queue:
 		if len(e) == 0 {
@@ -124,6 +141,72 @@ func (m *fakeMonitor) event(typ uint16, body []byte, hard bool) {
 		tail[0] = 1
 	}
 	m.queue <- netlinkMessage(typ, 0, 0, append(slices.Clone(body), tail...))
+}
+
+// tell announces a change of policies by the owner of a port, if anybody listens.
+func (m *fakeMonitor) tell(typ uint16, port uint32, body []byte) {
+	if m == nil {
+		return
+	}
+	d := netlinkMessage(typ, 0, 0, body)
+	binary.NativeEndian.PutUint32(d[12:], port)
+	select {
+	case m.queue <- d:
+	default:
+		m.lost.Store(true)
+	}
+}
+
+// stranger is the port of another program.
+const stranger = 77
+
+// flush removes all policies at the command of somebody else.
+func (k *fakeKernel) flush() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	clear(k.policies)
+	clear(k.attrs)
+	k.changes.tell(nl.XFRM_MSG_FLUSHPOLICY, stranger, attrBytes(nl.XFRMA_POLICY_TYPE, make([]byte, 4)))
+}
+
+// deletePolicy removes one policy, named by selector or by index, at the command of somebody else.
+func (k *fakeKernel) deletePolicy(id policyID, byIndex bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.policies, id)
+	delete(k.attrs, id)
+	k.changes.tell(nl.XFRM_MSG_DELPOLICY, stranger, deletion(id, byIndex))
+}
+
+// deletion is the body of the kernel's notification that a policy was deleted.
+func deletion(id policyID, byIndex bool) []byte {
+	d := nl.XfrmUserpolicyId{Sel: id.sel, Dir: id.dir}
+	if byIndex {
+		d = nl.XfrmUserpolicyId{Index: 8, Dir: id.dir}
+	}
+	info := nl.XfrmUserpolicyInfo{Sel: id.sel, Dir: id.dir}
+	return append(bytes.Clone(d.Serialize()), attrBytes(nl.XFRMA_POLICY, info.Serialize()[:nl.SizeofXfrmUserpolicyId])...)
+}
+
+// place puts a policy into place at the command of somebody else.
+func (k *fakeKernel) place(typ uint16, p *policy) {
+	var m messages
+	m.policy(typ, p)
+	s := &fakeSocket{k: k, number: stranger}
+	_ = s.send(m.buf)
+}
+
+// whole reports whether exactly these policies are there, as updatePolicy makes them.
+func (k *fakeKernel) whole(ps []policy) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for i := range ps {
+		info, ok := k.policies[ps[i].policyID]
+		if !ok || !ps[i].is(append(bytes.Clone(info.Serialize()), k.attrs[ps[i].policyID]...)) {
+			return false
+		}
+	}
+	return len(k.policies) == len(ps)
 }
 
 // expire ends a state at its hard limit.
@@ -155,10 +238,13 @@ func (k *fakeKernel) retired() (n int) {
 }
 
 type fakeSocket struct {
-	k     *fakeKernel
-	queue [][]byte
-	flags uint16 // of replies
+	k      *fakeKernel
+	number uint32
+	queue  [][]byte
+	flags  uint16 // of replies
 }
+
+func (s *fakeSocket) port() (uint32, error) { return s.number, nil }
 
 func (s *fakeSocket) close() error {
 	s.k.mu.Lock()
@@ -243,12 +329,20 @@ func (s *fakeSocket) execute(typ, flags uint16, seq uint32, id stateID, body []b
 		}
 		delete(s.k.states, id)
 		delete(s.k.bodies, id)
-	case nl.XFRM_MSG_UPDPOLICY:
+	case nl.XFRM_MSG_UPDPOLICY, nl.XFRM_MSG_NEWPOLICY:
 		p, err := parsePolicy(body)
 		if err != nil {
 			return unix.EINVAL
 		}
-		s.k.policies[policyID{p.Sel, p.Dir}] = p
+		id := policyID{p.Sel, p.Dir}
+		if _, ok := s.k.policies[id]; ok && typ == nl.XFRM_MSG_NEWPOLICY {
+			return unix.EEXIST
+		}
+		s.k.policies[id], s.k.attrs[id] = p, bytes.Clone(body[nl.SizeofXfrmUserpolicyInfo:])
+		s.k.changes.tell(typ, s.number, bytes.Clone(body))
+		if s.k.placed != nil {
+			s.k.placed(id)
+		}
 	case nl.XFRM_MSG_GETSA:
 		if flags&unix.NLM_F_DUMP != unix.NLM_F_DUMP {
 			if _, ok := s.k.states[id]; !ok {
@@ -272,6 +366,17 @@ func (s *fakeSocket) execute(typ, flags uint16, seq uint32, id stateID, body []b
 		}
 		s.flags = 0
 	case nl.XFRM_MSG_GETPOLICY:
+		if flags&unix.NLM_F_DUMP != unix.NLM_F_DUMP {
+			k := nl.DeserializeXfrmUserpolicyId(body)
+			id := policyID{k.Sel, k.Dir}
+			p, ok := s.k.policies[id]
+			if !ok {
+				return unix.ENOENT
+			}
+			p.Index, p.Curlft.AddTime = 8, 1
+			s.reply(nl.XFRM_MSG_NEWPOLICY, seq, append(bytes.Clone(p.Serialize()), s.k.attrs[id]...))
+			return 0
+		}
 		for _, p := range s.k.policies {
 			s.reply(nl.XFRM_MSG_NEWPOLICY, seq, p.Serialize())
 		}

@@ -19,6 +19,7 @@ const (
 	dirIn, dirOut, dirFwd    = 0, 1, 2
 	actionAllow, actionBlock = 0, 1
 	modeTransport            = 0
+	policyTypeMain           = 0
 
 	attrSADCount = 1 // XFRMA_SAD_CNT
 	attrSPDInfo  = 1 // XFRMA_SPD_INFO
@@ -302,7 +303,12 @@ func (m *messages) aboutState(typ uint16, id stateID) {
 
 // updatePolicy appends an UPDPOLICY message: it creates the policy or replaces, in one step, the one with the same
 // selector and direction. The age of a replaced policy does not count: expiry starts anew, or ends.
-func (m *messages) updatePolicy(p *policy) {
+func (m *messages) updatePolicy(p *policy) { m.policy(nl.XFRM_MSG_UPDPOLICY, p) }
+
+// addPolicy appends a NEWPOLICY message: like updatePolicy, but an EEXIST if there is one.
+func (m *messages) addPolicy(p *policy) { m.policy(nl.XFRM_MSG_NEWPOLICY, p) }
+
+func (m *messages) policy(typ uint16, p *policy) {
 	info := nl.XfrmUserpolicyInfo{
 		Sel: p.sel,
 		Lft: nl.XfrmLifetimeCfg{
@@ -314,7 +320,7 @@ func (m *messages) updatePolicy(p *policy) {
 		Dir:      p.dir,
 		Action:   p.action,
 	}
-	m.begin(nl.XFRM_MSG_UPDPOLICY, 0)
+	m.begin(typ, 0)
 	m.buf = append(m.buf, info.Serialize()...)
 	if p.action == actionAllow {
 		// Zero addresses and SPI leave the choice of the state to its selector; Optional 0 is level "required".
@@ -324,6 +330,14 @@ func (m *messages) updatePolicy(p *policy) {
 		}
 		m.attr(nl.XFRMA_TMPL, t.Serialize())
 	}
+	m.end()
+}
+
+// getPolicy appends a GETPOLICY message for one policy.
+func (m *messages) getPolicy(id policyID) {
+	k := nl.XfrmUserpolicyId{Sel: id.sel, Dir: id.dir}
+	m.begin(nl.XFRM_MSG_GETPOLICY, 0)
+	m.buf = append(m.buf, k.Serialize()...)
 	m.end()
 }
 
@@ -405,6 +419,23 @@ func parsePolicy(b []byte) (nl.XfrmUserpolicyInfo, error) {
 		return nl.XfrmUserpolicyInfo{}, errShortMessage
 	}
 	return *nl.DeserializeXfrmUserpolicyInfo(b), nil
+}
+
+// parseDeletion reads which policy a DELPOLICY notification is about. After a deletion by index the selector is only in an
+// attribute, of which the kernel has reserved less than it wrote: no more than the selector can be relied on.
+func parseDeletion(b []byte) (policyID, error) {
+	if len(b) < nl.SizeofXfrmUserpolicyId {
+		return policyID{}, errShortMessage
+	}
+	d := nl.DeserializeXfrmUserpolicyId(b)
+	if d.Index == 0 {
+		return policyID{d.Sel, d.Dir}, nil
+	}
+	v, ok := findAttr(b[nl.SizeofXfrmUserpolicyId:], nl.XFRMA_POLICY)
+	if !ok || len(v) < nl.SizeofXfrmSelector {
+		return policyID{}, errShortMessage
+	}
+	return policyID{*nl.DeserializeXfrmSelector(v), d.Dir}, nil
 }
 
 // findAttr returns the value of the first attribute of a type.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
@@ -15,7 +16,8 @@ import (
 	"github.com/gmgate/gmgate/dataplane/hostnet"
 )
 
-// monitor delivers what the kernel announces about limits that have passed; tests put a kernel of their own behind it.
+// monitor delivers what the kernel announces to one group of listeners: limits that have passed, or changes of policies.
+// Tests put a kernel of their own behind it.
 type monitor interface {
 	// read waits for the next datagram. ENOBUFS says that some were lost.
 	read(b []byte) (int, error)
@@ -30,29 +32,27 @@ type netlinkMonitor struct {
 	raw  syscall.RawConn
 }
 
-const (
-	groupExpire   = 1 << (nl.XFRMNLGRP_EXPIRE - 1)
-	eventCapacity = 4 << 10 // an event has some 250 octets
-)
+// eventCapacity: an event has some 250 octets, one of a policy with a security label up to 5 kB.
+const eventCapacity = 8 << 10
 
-// openMonitor opens a socket for the expiry events of a namespace, nil for the process's.
-func openMonitor(ns *hostnet.NS) (monitor, error) {
+// openMonitor opens a socket for the events of a group in a namespace, nil for the process's.
+func openMonitor(ns *hostnet.NS, group int) (monitor, error) {
 	var fd int
 	err := inside(ns, func() (err error) {
 		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_XFRM)
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open XFRM expiry monitor: %w", err)
+		return nil, fmt.Errorf("open XFRM event monitor: %w", err)
 	}
 	// Best effort, as with the other sockets.
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer)
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groupExpire}); err != nil {
-		return nil, errors.Join(fmt.Errorf("join XFRM expiry events: %w", err), unix.Close(fd))
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (group - 1)}); err != nil {
+		return nil, errors.Join(fmt.Errorf("join XFRM events: %w", err), unix.Close(fd))
 	}
 	m := netlinkMonitor{file: os.NewFile(uintptr(fd), "xfrm-monitor")}
 	if m.raw, err = m.file.SyscallConn(); err != nil {
-		return nil, errors.Join(fmt.Errorf("open XFRM expiry monitor: %w", err), m.file.Close())
+		return nil, errors.Join(fmt.Errorf("open XFRM event monitor: %w", err), m.file.Close())
 	}
 	return m, nil
 }
@@ -79,21 +79,20 @@ func (m netlinkMonitor) read(b []byte) (n int, err error) {
 
 func (m netlinkMonitor) close() error { return m.file.Close() }
 
-// watch reads expiry events until Close or Detach.
-func (b *Backend) watch() {
-	defer close(b.watched)
+// watch reads events until Close or Detach.
+func (b *Backend) watch(m monitor) {
 	buf := make([]byte, eventCapacity)
 	for {
-		n, err := b.monitor.read(buf)
+		n, err := m.read(buf)
 		switch {
 		case err == nil:
 			b.events(buf[:n])
 		case errors.Is(err, unix.ENOBUFS):
-			b.log.Warn("expiry events of the kernel were lost", slog.Uint64("times", b.overruns.Add(1)))
-			b.placePolicies() // perhaps theirs as well
+			b.log.Warn("events of the kernel were lost", slog.Uint64("times", b.overruns.Add(1)))
+			b.suspect() // perhaps of policies
 		default:
 			if b.interrupted(context.Background()) == nil {
-				b.log.Error("expiry events of the kernel cannot be read any more", slog.Any("error", err))
+				b.log.Error("events of the kernel cannot be read any more", slog.Any("error", err))
 			}
 			return
 		}
@@ -107,9 +106,9 @@ func (b *Backend) events(d []byte) {
 		if n < unix.SizeofNlMsghdr || n > len(d) {
 			return
 		}
-		typ, body := binary.NativeEndian.Uint16(d[4:]), d[unix.SizeofNlMsghdr:n]
+		typ, port, body := binary.NativeEndian.Uint16(d[4:]), binary.NativeEndian.Uint32(d[12:]), d[unix.SizeofNlMsghdr:n]
 		d = d[min((n+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1), len(d)):]
-		// Both events carry what has expired and then whether the limit was the hard one.
+		// The events of a limit carry what has expired and then whether the limit was the hard one.
 		switch typ {
 		case nl.XFRM_MSG_EXPIRE:
 			if h, err := parseState(body); err == nil && hardEvent(body, nl.SizeofXfrmUsersaInfo) && b.owned(h) {
@@ -117,10 +116,16 @@ func (b *Backend) events(d []byte) {
 			}
 		case nl.XFRM_MSG_POLEXPIRE:
 			p, err := parsePolicy(body)
-			if err == nil && hardEvent(body, nl.SizeofXfrmUserpolicyInfo) && b.constant(policyID{p.Sel, p.Dir}) {
+			if err == nil && hardEvent(body, nl.SizeofXfrmUserpolicyInfo) && b.constant(policyID{p.Sel, p.Dir}) != nil {
+				// Before its time if the clock is set forward in the very second of a renewal; later the kernel's timer
+				// does not look at it.
 				b.log.Warn("a constant policy expired and is put back; was the clock set?",
 					slog.String("policy", policyID{p.Sel, p.Dir}.String()))
-				b.placePolicies()
+				b.suspect()
+			}
+		case nl.XFRM_MSG_NEWPOLICY, nl.XFRM_MSG_UPDPOLICY, nl.XFRM_MSG_DELPOLICY, nl.XFRM_MSG_FLUSHPOLICY:
+			if !slices.Contains(b.ports, port) && b.changed(typ, body) {
+				b.suspect()
 			}
 		}
 	}
@@ -128,23 +133,14 @@ func (b *Backend) events(d []byte) {
 
 func hardEvent(body []byte, at int) bool { return len(body) > at && body[at] != 0 }
 
-// constant reports whether a policy is one of those that have to be there.
-func (b *Backend) constant(id policyID) bool {
+// constant returns the policy that has to be there under a key, or nil.
+func (b *Backend) constant(id policyID) *policy {
 	for i := range b.policies {
 		if b.policies[i].policyID == id {
-			return true
+			return &b.policies[i]
 		}
 	}
-	return false
-}
-
-// placePolicies has the worker put the policies back. A policy expires before its time if the clock is set forward in the
-// very second of a renewal; later the kernel's timer does not look at it.
-func (b *Backend) placePolicies() {
-	select {
-	case b.replace <- struct{}{}:
-	default:
-	}
+	return nil
 }
 
 // stateExpired tells of the set whose SA has reached its hard limit, unless it was told before.
@@ -181,6 +177,6 @@ func (b *Backend) markExpired(id stateID) (uint64, bool) {
 	return o.id, true
 }
 
-// Overruns returns how often expiry events were lost because the kernel had more of them than its buffer takes. Sets
-// whose event was lost show as missing in Survey.
+// Overruns returns how often events were lost because the kernel had more of them than its buffer takes. Sets whose
+// expiry was lost show as missing in Survey; policies are looked after at once.
 func (b *Backend) Overruns() uint64 { return b.overruns.Load() }

@@ -29,8 +29,6 @@ func (b *Backend) work() {
 			batch = b.serve(batch)
 		case <-renewal.C:
 			renewal.Reset(b.renew())
-		case <-b.replace:
-			renewal.Reset(b.renew())
 		}
 	}
 }
