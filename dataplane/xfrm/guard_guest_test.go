@@ -40,7 +40,12 @@ func run1(t *testing.T, c *conn, add func()) {
 // policyBlocks returns what iproute2 shows of each policy, in an order of its own.
 func policyBlocks(t *testing.T, ns *hostnet.NS) []string {
 	t.Helper()
-	return slices.Sorted(slices.Values(strings.Split("\n"+strings.TrimSpace(ipShow(t, ns, "xfrm", "policy")), "\nsrc ")))
+	blocks := strings.Split("\n"+ipShow(t, ns, "xfrm", "policy"), "\nsrc ")
+	for i := range blocks {
+		blocks[i] = strings.TrimSpace(blocks[i])
+	}
+	slices.Sort(blocks)
+	return blocks
 }
 
 // awaitBlocks waits until the policies of a namespace are as they were.
