@@ -56,6 +56,7 @@ func TestOperator(t *testing.T) {
 		all = append(all, u)
 	}
 
+	ctx = timed(t)
 	list, err := f.operate(ctx, t, "list")
 	if err != nil {
 		t.Fatal(err)
@@ -97,6 +98,7 @@ func TestOperator(t *testing.T) {
 	if _, err := f.operate(ctx, t, "deregister", impu); err == nil || !strings.Contains(err.Error(), "no registration matches") {
 		t.Errorf("once more: %v", err)
 	}
+	ctx = timed(t)
 	for i := range phones {
 		if next := (i + 1) % phones; i != 3 && next != 3 {
 			if res, err := all[i].Call(ctx, f.subs[next].IMPU[0], ue.CallOptions{PRACK: true}); err != nil || res.Status != 200 {
@@ -111,6 +113,7 @@ func TestOperator(t *testing.T) {
 		t.Errorf("%d phones are listed, %v; want %d", len(list), err, phones-1)
 	}
 
+	ctx = timed(t)
 	// The phone comes back as one that starts anew, and leaves by its contact.
 	all[3].Reboot()
 	back := f.mustRegister(ctx, t, all[3])
@@ -118,6 +121,7 @@ func TestOperator(t *testing.T) {
 	if ended, err := f.operate(ctx, t, "deregister", "--contact", contact); err != nil || len(ended) != 1 || ended[0].IMPI != gone.IMPI {
 		t.Errorf("deregister --contact %s: %+v, %v", contact, ended, err)
 	}
+	ctx = timed(t)
 	for i, u := range all {
 		if i != 3 {
 			if err := u.Deregister(ctx); err != nil {

@@ -28,9 +28,10 @@ import (
 const (
 	demoDomain     = "ims.mnc001.mcc001.3gppnetwork.org"
 	demoOldSet     = 2 * time.Second
+	demoLifeOldSet = 4 * time.Second // in the story of a life, which looks at what is about to go
 	demoAwaitAuth  = 10 * time.Second
 	demoStep       = 20 * time.Second // bound of one step
-	demoDrain      = demoOldSet + 5*time.Second
+	demoDrain      = demoLifeOldSet + 6*time.Second
 	demoLogTail    = 25
 	demoLargeBody  = 4000 // octets; more than any datagram should carry (RFC 3261 §18.1.1)
 	demoMaxPhones  = 1000
@@ -255,7 +256,7 @@ func (d *demo) build(ctx context.Context) error {
 		d.step(ctx, "Phones", func(context.Context) (detail string, err error) {
 			d.farm, err = ue.NewFarm(ue.FarmConfig{
 				NS: d.lab.UE, Prefixes: []netip.Prefix{d.plan.UEs}, PCSCF: netip.AddrPortFrom(d.plan.Gm, lab.PortClear), ESP: d.o.ueESP,
-				OldSetLinger: demoOldSet,
+				OldSetLinger: d.oldSet(),
 			})
 			if err != nil {
 				return "", err
@@ -293,6 +294,14 @@ func suiteNames(list []ims.Suite) string {
 	return strings.Join(names, ", ")
 }
 
+// oldSet is how long a replaced SA set stays.
+func (d *demo) oldSet() time.Duration {
+	if d.o.story == demoLifecycle {
+		return demoLifeOldSet
+	}
+	return demoOldSet
+}
+
 // startDaemon starts gmgate, or starts it again with the configuration that it had.
 func (d *demo) startDaemon(ctx context.Context) (string, error) {
 	binary, err := os.Executable()
@@ -301,7 +310,7 @@ func (d *demo) startDaemon(ctx context.Context) (string, error) {
 	}
 	if d.config == "" {
 		o := lab.DaemonOptions{
-			Backend: d.o.backend, Workers: d.o.workers, OldSet: demoOldSet, RegAwaitAuth: demoAwaitAuth, HealthInterval: -1, LogLevel: "debug",
+			Backend: d.o.backend, Workers: d.o.workers, OldSet: d.oldSet(), RegAwaitAuth: demoAwaitAuth, HealthInterval: -1, LogLevel: "debug",
 		}
 		if d.o.story == demoLifecycle {
 			o.StorePath, o.Reconcile = filepath.Join(filepath.Dir(d.lab.AdminSocket()), "gmgate.db"), demoReconcile

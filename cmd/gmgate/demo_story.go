@@ -290,7 +290,7 @@ func (s *life) reregister(ctx context.Context) error {
 			}
 			return nil
 		}) &&
-		s.tell(ctx, "phone 1 uses the new set", "it is taken into use by that; the old one goes 64*T1 later, here "+demoOldSet.String()+" (TS 33.203 §7.4)",
+		s.tell(ctx, "phone 1 uses the new set", "it is taken into use by that; the old one goes 64*T1 later, here "+demoLifeOldSet.String()+" (TS 33.203 §7.4)",
 			func(ctx context.Context) error {
 				status, err := p.Message(ctx, s.peer().sub.IMPU[0], "new keys")
 				if err == nil && status != 200 {
@@ -393,7 +393,9 @@ func (s *life) sound(ctx context.Context) bool {
 			}
 		}
 		for k, v := range m {
-			if v > 0 && strings.HasPrefix(k, "gmgate_") && strings.Contains(k, "_drops_total") && !strings.Contains(k, "keepalive") {
+			// Keep-alives are dropped, and answers to what was sent twice because the machine is slow.
+			normal := strings.Contains(k, "keepalive") || strings.Contains(k, "unknown_response")
+			if v > 0 && strings.HasPrefix(k, "gmgate_") && strings.Contains(k, "_drops_total") && !normal {
 				errs = append(errs, fmt.Errorf("%s is %g", strings.TrimPrefix(k, "gmgate_"), v))
 			}
 		}
@@ -434,7 +436,7 @@ func (s *life) deregister(ctx context.Context) error {
 			}
 			return nil
 		}) &&
-		s.tell(ctx, "its SAs go", "after the grace, here "+demoOldSet.String(), func(ctx context.Context) error { return s.waitSets(ctx, len(s.phones)-1) }) &&
+		s.tell(ctx, "its SAs go", "after the grace, here "+demoLifeOldSet.String(), func(ctx context.Context) error { return s.waitSets(ctx, len(s.phones)-1) }) &&
 		s.step(ctx, "gmgate has forgotten it", func(ctx context.Context) (string, error) {
 			list, _, err := s.admin.UEs(ctx, admin.Query{IMPI: p.sub.IMPI}, 1)
 			if err == nil && len(list) > 0 {

@@ -10,13 +10,14 @@ set -euo pipefail
 
 # Packages whose tests run in the guest, and programs that lie beside them there: the end-to-end tests find the daemon by
 # GMGATE_BINARY.
-packages=(dataplane/xfrm bench/ue bench/e2e)
+packages=(dataplane/xfrm bench/ue bench/e2e cmd/gmgate)
 programs=(cmd/gmgate)
 # Runs of a package with other settings than the one and only: PACKAGE|VARIABLES|TEST-FLAGS. A package that is listed
 # here runs once for each of its lines. The two ESP implementations check each other, both ways round.
 variants=(
   'bench/e2e|GMGATE_E2E_BACKEND=xfrm GMGATE_E2E_UE=userspace GMGATE_E2E_SLOW=1|'
   'bench/e2e|GMGATE_E2E_BACKEND=userspace GMGATE_E2E_UE=xfrm GMGATE_E2E_SLOW=1|-test.run=TestLife|TestSuites|TestLargeDatagrams|TestReregist|TestOldSetLeaves|TestHandset'
+  'cmd/gmgate|GMGATE_E2E_BACKEND=xfrm|-test.run=TestDemoLifecycle'
 )
 
 seconds=900
