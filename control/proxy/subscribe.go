@@ -314,9 +314,9 @@ func (w *Worker) subscribe(s *subscription, inDialog bool, expires uint32) {
 }
 
 func (w *Worker) newDialog(s *subscription) error {
-	callID := string(w.hex64(w.seal.mac(&w.sc, []byte("reg call"), w.hex64(w.subs.turn)))) +
-		string(w.hex64(w.seal.mac(&w.sc, []byte("reg tag"), w.hex64(w.subs.turn))))
-	tag := callID[len(callID)/2:]
+	tag := string(w.hex64(w.seal.mac(&w.sc, []byte("reg tag"), w.hex64(w.subs.turn))))
+	callID := string(w.hex64(w.seal.mac(&w.sc, []byte("reg call"), w.hex64(w.subs.turn)))) // after tag: both use one buffer
+	callID += tag
 	to := s.ue.Identities[0]
 	for _, id := range s.ue.Identities { // TS 24.229 §5.2.3: a SIP URI where there is one
 		if strings.HasPrefix(id, "sip") {

@@ -918,3 +918,35 @@ func subscriptionBytes(t testing.TB, n int) int {
 	runtime.KeepAlive(r)
 	return int(after-before) / n
 }
+
+// Runs that share the key of flow tokens, and the workers of one process, name their dialogs and transactions apart: a core
+// would take a SUBSCRIBE with a branch that it knows for a repetition, and send no NOTIFY.
+func TestSubscribeIsUnique(t *testing.T) {
+	seen := map[string]bool{}
+	var key ims.Key
+	for range 4 {
+		r := newRig(t, withRegEvent, func(c *Config) {
+			if key == nil {
+				key = c.TokenKey
+			}
+			c.TokenKey = key
+		})
+		_, n := r.subscriber()
+		via, err := sipmsg.ParseVia([]byte(get(t, n.subscribe, sipmsg.Via)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		callID := get(t, n.subscribe, sipmsg.CallID)
+		_, tag, _ := strings.Cut(get(t, n.subscribe, sipmsg.From), "tag=")
+		half := len(callID) / 2
+		for _, id := range []string{string(via.Branch), callID[:half], callID[half:]} {
+			if seen[id] {
+				t.Errorf("%s was used before", id)
+			}
+			seen[id] = true
+		}
+		if tag == "" || callID[half:] != tag {
+			t.Errorf("Call-ID %s, tag %s", callID, tag)
+		}
+	}
+}
