@@ -57,6 +57,15 @@ func newField(t *testing.T) *field {
 	return f
 }
 
+// unguard ends the backend and leaves SAs and policies as they are: whoever removes a policy now has removed it.
+func (f *field) unguard(t *testing.T) {
+	t.Helper()
+	if err := f.b.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ipBatch(t, f.gm, "xfrm state flush") })
+}
+
 // addUE installs a set on our side and configures the phone's side with iproute2.
 func (f *field) addUE(t *testing.T, p sa.Params) {
 	t.Helper()
@@ -656,6 +665,7 @@ func TestTrafficUnreachable(t *testing.T) {
 
 		// Without the policies it happens: the test is worth something.
 		time.Sleep(1200 * time.Millisecond)
+		f.unguard(t)
 		ipBatch(t, f.gm, "xfrm policy deleteall dir out")
 		send(t, uc, e.ps, secret)
 		c.await(t, "out secret", 1)
@@ -783,6 +793,7 @@ func TestTrafficForward(t *testing.T) {
 	silent(t, us)
 
 	// Without the policy the attack works: the test is worth something.
+	f.unguard(t)
 	ipBatch(t, f.gm, "xfrm policy deleteall dir fwd")
 	send(t, spoofer, e.us, "through the phone's SA")
 	receive(t, us, e.pc, "through the phone's SA")
