@@ -368,6 +368,25 @@ func TestDaemon(t *testing.T) {
 	if d.Err() == nil {
 		t.Error("a killed process ended with status 0")
 	}
+	again, err := d.Restart(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again.PID() == d.PID() || !strings.Contains(again.Log(), "fake daemon is up") {
+		t.Errorf("process %d after %d, log: %q", again.PID(), d.PID(), again.Log())
+	}
+	if _, err := again.Restart(canceled(ctx)); !errors.Is(err, context.Canceled) {
+		t.Errorf("restart of a daemon that runs: got %v", err)
+	}
+	if err := again.Kill(); err != nil {
+		t.Error(err)
+	}
+}
+
+func canceled(ctx context.Context) context.Context {
+	ctx, cancel := context.WithCancel(ctx)
+	cancel()
+	return ctx
 }
 
 // TestCrash kills a process that has a lab and a daemon: the daemon must go with it, and the next New must remove the

@@ -215,7 +215,7 @@ func (tx *clientTx) send() error {
 func (tx *clientTx) next(ctx context.Context) (*inbound, error) {
 	u := tx.u
 	var lost <-chan struct{}
-	if tx.tr == ims.TCP && !tx.resent && !(tx.early && tx.method == "INVITE") {
+	if tx.tr == ims.TCP && !tx.resent && (tx.method != "INVITE" || !tx.early) {
 		lost = tx.stream.gone
 	}
 	for {
