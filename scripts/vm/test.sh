@@ -16,7 +16,7 @@ programs=(cmd/gmgate)
 # here runs once for each of its lines. The two ESP implementations check each other, both ways round.
 variants=(
   'bench/e2e|GMGATE_E2E_BACKEND=xfrm GMGATE_E2E_UE=userspace GMGATE_E2E_SLOW=1|'
-  'bench/e2e|GMGATE_E2E_BACKEND=userspace GMGATE_E2E_UE=xfrm GMGATE_E2E_SLOW=1|-test.run=TestLife|TestSuites|TestLargeDatagrams|TestReregist|TestOldSetLeaves|TestHandset'
+  'bench/e2e|GMGATE_E2E_BACKEND=userspace GMGATE_E2E_UE=xfrm GMGATE_E2E_SLOW=1|-test.run=TestLife|TestSuites|TestLargeDatagrams|TestReregist|TestOldSetLeaves|TestHandset|TestRestart$'
   'cmd/gmgate|GMGATE_E2E_BACKEND=xfrm|-test.run=TestDemoLifecycle'
 )
 
