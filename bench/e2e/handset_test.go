@@ -123,9 +123,14 @@ var handsets = map[string]struct {
 	"pixel": {sha1AES, func(c *ue.Config) {
 		c.Quirks.AdjacentSPIs, c.Quirks.RportProtected = true, true
 	}, false},
-	"xiaomi":   {sha1AES, byTCP, true},
-	"mediatek": {sha1AES, func(c *ue.Config) { c.ClearPort = 5072 }, false},
-	"aosp":     {sha1AES, func(c *ue.Config) { c.Quirks.AdjacentSPIs, c.PortUC, c.PortUS = true, 31400, 31401 }, false},
+	"xiaomi": {sha1AES, byTCP, true},
+	"mediatek": {sha1AES, func(c *ue.Config) {
+		c.PortUC, c.PortUS, c.ClearPort = 31500, 31501, 5072
+		if setting(envUE, ue.Userspace) == ue.Userspace { // one socket per port where both sides are one namespace
+			c.ClearPort = c.PortUS
+		}
+	}, false},
+	"aosp": {sha1AES, func(c *ue.Config) { c.Quirks.AdjacentSPIs, c.PortUC, c.PortUS = true, 31400, 31401 }, false},
 }
 
 // TestHandsetGoldens registers each make of phone with its own REGISTER, word for word, and lives through what it does
