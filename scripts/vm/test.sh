@@ -20,7 +20,7 @@ variants=(
   'cmd/gmgate|GMGATE_E2E_BACKEND=xfrm|-test.run=TestDemoLifecycle'
 )
 
-seconds=900
+seconds=3600
 if [[ ${1:-} == -t ]]; then
   seconds=$2
   shift 2
@@ -90,7 +90,7 @@ run_tests() {
   local package=$1 variables=$2 status
   shift 2
   echo "--- $package $variables"
-  (cd "/x/tests/$package" && env $variables ./test -test.v -test.timeout 20m "$@" "${flags[@]}"; echo "$?" >/tmp/status) 2>&1 |
+  (cd "/x/tests/$package" && env $variables ./test -test.v -test.timeout 40m "$@" "${flags[@]}"; echo "$?" >/tmp/status) 2>&1 |
     tee -a /tmp/log | grep -v '^=== '
   ((packages += 1))
   read -r status </tmp/status
