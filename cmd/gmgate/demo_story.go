@@ -386,11 +386,16 @@ func (s *life) sound(ctx context.Context) bool {
 		}
 		var errs []error
 		for name, want := range map[string]int{
-			"sip_rejected_total": s.refused, "sa_reconcile_diff": 0, "sa_install_errors_total": 0, "handler_panics_total": 0, "store_errors_total": 0,
+			"sa_reconcile_diff": 0, "sa_install_errors_total": 0, "handler_panics_total": 0, "store_errors_total": 0,
 		} {
 			if got := lab.Sum(m, "gmgate_"+name); int(got) != want {
 				errs = append(errs, fmt.Errorf("%s is %g, want %d", name, got, want))
 			}
+		}
+		// The core may still notify a subscription of a run before: 481 tells it that this one is gone (RFC 6665 §4.2.2).
+		rejected := lab.Sum(m, "gmgate_sip_rejected_total") - lab.Sum(m, "gmgate_sip_rejected_total", `reason="stale_token"`)
+		if int(rejected) != s.refused {
+			errs = append(errs, fmt.Errorf("%g messages were refused, want %d", rejected, s.refused))
 		}
 		for k, v := range m {
 			// Keep-alives are dropped, and answers to what was sent twice because the machine is slow.
