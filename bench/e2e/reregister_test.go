@@ -737,7 +737,7 @@ func twoAtOneAddress(t *testing.T, s *scene) {
 func TestOldSetLeaves(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		t.Run(family(v6), func(t *testing.T) {
-			f := start(t, fixtureConfig{ipv6: v6, log: loadLog})
+			f := start(t, fixtureConfig{ipv6: v6, log: loadLog, register: caseTimeout})
 			s := f.scene(t, apple)
 			old := s.a.current(t)
 			sas := s.metric(s.ctx, t, "esp_sas")
@@ -800,7 +800,9 @@ func TestLifetimes(t *testing.T) {
 	}{{"UDP over IPv4", byUDP, false}, {"TCP over IPv6", byTCP, true}} {
 		t.Run(tr.name, func(t *testing.T) {
 			t.Parallel()
-			f := start(t, fixtureConfig{ipv6: tr.v6, log: loadLog, daemon: lab.DaemonOptions{LifetimeMargin: lifetimeMargin}})
+			f := start(t, fixtureConfig{
+				ipv6: tr.v6, log: loadLog, register: caseTimeout, daemon: lab.DaemonOptions{LifetimeMargin: lifetimeMargin},
+			})
 			life := life()
 			short := func(c *ue.Config) { c.Expires = life }
 			s := f.scene(t, tr.habit)
