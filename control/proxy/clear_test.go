@@ -390,6 +390,22 @@ func TestNoDowngrade(t *testing.T) {
 	})
 }
 
+// The realm of a private identity may be written in any case (RFC 7542 §2.4): it stays the same identity.
+func TestNoDowngradeByCase(t *testing.T) {
+	r := newRig(t, with(allow))
+	r.registered()
+	q := newPhone()
+	q.callID = "q"
+	q.authorization = strings.Replace(credentials, impi, strings.ToUpper(impi), 1)
+	other := clearFlow()
+	other.Remote = netip.MustParseAddrPort("10.45.0.8:5060")
+	for i, f := range []ims.Flow{clearFlow(), other} {
+		if out := r.one(f, q.register("u"+string(rune('1'+i)), 5060, plain...)); status(t, out.msg) != 403 {
+			t.Errorf("%v: passed:\n%s", f.Remote, out.msg)
+		}
+	}
+}
+
 // The address and port of one phone cannot be taken by another identity, as E6 has it for SAs.
 func TestAssociationConflict(t *testing.T) {
 	r := newRig(t, with(allow))

@@ -227,6 +227,7 @@ func ask[T any](ctx context.Context, w *Worker, f func() T) (T, error) {
 func (f *Fleet) each(ctx context.Context, q UEQuery, after UEID, limit int, act func(*Worker, *registrar.UE) bool,
 	got func(t turn, worker int) (limit int),
 ) error {
+	q.IMPI = canonicalIMPI(q.IMPI)
 	for _, w := range f.byID() {
 		if w.id < after.Worker || q.ID.IsValid() && q.ID.Worker != w.id {
 			continue

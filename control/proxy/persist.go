@@ -64,7 +64,7 @@ func (w *Worker) restore() {
 
 func (w *Worker) restoreUE(k *KeptUE) error {
 	u := &registrar.UE{
-		Index: k.Index, Gen: k.Gen, IMPI: k.IMPI, Addr: k.Addr, Local: k.Local, State: registrar.State(k.State),
+		Index: k.Index, Gen: k.Gen, IMPI: canonicalIMPI(k.IMPI), Addr: k.Addr, Local: k.Local, State: registrar.State(k.State),
 		Contact: k.Contact, Expires: k.Expires, Ended: k.Ended, Emergency: k.Emergency,
 	}
 	for _, b := range k.Bindings {

@@ -454,7 +454,7 @@ func (w *Worker) readAuthorization(tx *regTx) error {
 		if err != nil {
 			return err
 		}
-		tx.impi, tx.realm = strings.Clone(a.Username), strings.Clone(a.Realm) // without the header that it stands in
+		tx.impi, tx.realm = canonicalIMPI(strings.Clone(a.Username)), strings.Clone(a.Realm) // without the header that it stands in
 		tx.response, tx.authorization = a.Response != "", true
 		if tx.impi == "" {
 			return errors.New("username is missing")
@@ -465,8 +465,17 @@ func (w *Worker) readAuthorization(tx *regTx) error {
 	if err := sip.ParseUri(tx.impu, &u); err != nil || u.User == "" {
 		return errors.New("missing, and To has no user")
 	}
-	tx.impi = u.User + "@" + u.Host
+	tx.impi = canonicalIMPI(u.User + "@" + u.Host)
 	return nil
+}
+
+// canonicalIMPI writes the realm of a private identity in lower case: it is a NAI (TS 23.003 §13.3), whose realm is the same
+// in any case (RFC 7542 §2.4). The user part is compared octet by octet.
+func canonicalIMPI(impi string) string {
+	if at := strings.LastIndexByte(impi, '@'); at >= 0 {
+		return impi[:at] + strings.ToLower(impi[at:])
+	}
+	return impi
 }
 
 // readContact notes the contact, and whether the REGISTER asks for de-registration (RFC 3261 §10.2.2).
