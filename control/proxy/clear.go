@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"errors"
 	"net/netip"
 	"strings"
 	"time"
@@ -151,9 +152,18 @@ func (w *Worker) registeredClear(tx *regTx, answer []byte, expires time.Duration
 
 // associate makes the association and answers. core is the 200.
 func (w *Worker) associate(tx *regTx, core, answer []byte, expires time.Duration) {
+	public := []string{tx.impu}
+	if w.m.Scan(core) == nil {
+		public = append(public, w.uris(sipmsg.PAssociatedURI)...)
+	}
 	s, err := w.table.Associate(&registrar.Association{
-		IMPI: tx.impi, Emergency: tx.emergency, Local: tx.flow.Local, UE: tx.flow.Remote, Conn: tx.flow.Conn,
+		IMPI: tx.impi, Public: public, Emergency: tx.emergency, Local: tx.flow.Local, UE: tx.flow.Remote, Conn: tx.flow.Conn,
 	}, expires+w.cfg.LifetimeExtra)
+	if errors.Is(err, registrar.ErrProtected) {
+		w.registerFailed(tx, 403, "Forbidden", "Security-Client: missing, and the identity has security associations",
+			observe.ReasonDowngrade)
+		return
+	}
 	if err != nil {
 		w.registerFailed(tx, w.cfg.StatusTaken, statusPhrase(w.cfg.StatusTaken), err.Error(), observe.ReasonAddressConflict)
 		return

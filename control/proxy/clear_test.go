@@ -390,6 +390,58 @@ func TestNoDowngrade(t *testing.T) {
 	})
 }
 
+// Without Authorization the private identity is derived from the public one, and need not be that of the SAs: the phone
+// that has SAs under a public identity gets no association under it all the same, and loses the one that it has.
+func TestNoDowngradeByPublicIdentity(t *testing.T) {
+	const number = "+15550100001@" + domain // of P-Associated-URI
+	port := clearFlow()
+	port.Remote = netip.AddrPortFrom(ueAddr, 5062)
+	alias := func(r *rig, branch, to string) (path string, code int) {
+		q := newPhone()
+		q.callID = branch
+		req := r.one(port, q.register(branch, 5062, append([]string{"Authorization:", "To: <sip:" + to + ">"}, plain...)...))
+		out := r.one(coreFlow(), answerTo(t, req.msg, "200 OK", granted...))
+		return get(t, req.msg, sipmsg.Path), status(t, out.msg)
+	}
+	t.Run("refused", func(t *testing.T) {
+		for _, to := range []string{number, "someone@" + domain} {
+			r := newRig(t, with(allow, giba))
+			p := r.registered()
+			path, code := alias(r, "a1", to)
+			if code != 403 || r.w.table.UEs() != 1 {
+				t.Errorf("%s: answered %d, %d contexts", to, code, r.w.table.UEs())
+			}
+			if inv := r.one(coreFlow(), mtInvite(path, "")); status(t, inv.msg) != 430 {
+				t.Errorf("%s: an INVITE went to %v", to, inv.remote)
+			}
+			r.served(p)
+		}
+	})
+	t.Run("ended", func(t *testing.T) {
+		r := newRig(t, with(allow, giba))
+		path, code := alias(r, "a2", number)
+		if code != 200 {
+			t.Fatalf("answered %d", code)
+		}
+		p := r.registered()
+		if inv := r.one(coreFlow(), mtInvite(path, "")); status(t, inv.msg) != 430 {
+			t.Errorf("an INVITE went to %v", inv.remote)
+		}
+		r.served(p)
+	})
+	t.Run("others at the address", func(t *testing.T) {
+		r := newRig(t, with(allow, giba))
+		r.registered()
+		q := newPhone()
+		q.callID = "q"
+		req := r.one(port, q.register("a3", 5062, append([]string{"Authorization:", "To: <sip:other@" + domain + ">"}, plain...)...))
+		out := r.one(coreFlow(), answerTo(t, req.msg, "200 OK", granted[0], granted[1]))
+		if status(t, out.msg) != 200 {
+			t.Errorf("answer:\n%s", out.msg)
+		}
+	})
+}
+
 // The realm of a private identity may be written in any case (RFC 7542 §2.4): it stays the same identity.
 func TestNoDowngradeByCase(t *testing.T) {
 	r := newRig(t, with(allow))

@@ -893,6 +893,9 @@ func (w *Worker) registered(tx *regTx) {
 		w.endClear(s.UE.IMPI)
 	}
 	w.learn(s.UE, tx)
+	if w.rules.Clear() {
+		w.table.DissociateAt(s.UE)
+	}
 	s.UE.Expires = w.eg.Now().Add(expires)
 	s.OverTCP = tx.flow.Conn != 0
 	w.apply(s, tx.policy)

@@ -3,6 +3,7 @@ package registrar
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/gmgate/gmgate/control/ims"
@@ -13,6 +14,7 @@ import (
 // accepted in clear.
 type Association struct {
 	IMPI      string
+	Public    []string // its public identities, as far as the core has told them
 	Emergency bool
 	Local     netip.AddrPort // our unprotected address
 	UE        netip.AddrPort // source of the REGISTER
@@ -36,12 +38,12 @@ func (t *Table) Holder(f ims.Flow) *Set {
 
 // Associate makes an address association after the 200 to a REGISTER in clear, or moves the life of the one that is
 // there (TS 24.229 §5.2.2.3). Another one of the same UE ends: the phone has changed its port, or its connection. An identity
-// with SAs gets none (ErrProtected), nor does one whose address and port belong to another identity (ErrAddressConflict).
+// with SAs gets none (ErrProtected), nor does a phone at an address where one of its public identities has SAs, nor does one whose address and port belong to another identity (ErrAddressConflict).
 //
 // A phone that makes an emergency registration from the port of its normal one has both contexts; what comes from the
 // port counts as of the normal one.
 func (t *Table) Associate(a *Association, life time.Duration) (*Set, error) {
-	if t.Protected(a.IMPI) {
+	if t.Protected(a.IMPI) || t.protectedAt(a.UE.Addr(), a.Public) {
 		return nil, ErrProtected
 	}
 	k := tupleOf(a.Local, a.UE)
@@ -110,6 +112,37 @@ func (t *Table) DissociateAll(impi string) {
 		}
 		t.register(u, Ended)
 		for _, s := range slices.Clone(u.Sets) {
+			t.remove(s)
+		}
+	}
+}
+
+// protectedAt reports whether a phone at an address has confirmed SA sets under one of these public identities. It is the
+// same phone then, whatever it calls itself in private: without Authorization its IMPI is but derived from what it
+// registers (TS 33.203 Annex T). Elsewhere it may be another device of the same user.
+func (t *Table) protectedAt(addr netip.Addr, public []string) bool {
+	return slices.ContainsFunc(t.byAddr[addr], func(s *Set) bool {
+		return !s.Clear && (s.Phase == sa.Established || s.Phase == sa.Old) && s.UE.shares(public)
+	})
+}
+
+// shares reports whether one of the public identities belongs to the UE.
+func (u *UE) shares(public []string) bool {
+	is := func(id string) bool {
+		return slices.ContainsFunc(public, func(p string) bool { return strings.EqualFold(p, id) })
+	}
+	return slices.ContainsFunc(u.Bindings, func(b Binding) bool { return is(b.IMPU) || slices.ContainsFunc(b.Associated, is) })
+}
+
+// DissociateAt ends every address association at the address of a UE that shares a public identity with it: the phone has
+// security associations now.
+func (t *Table) DissociateAt(u *UE) {
+	var public []string
+	for _, b := range u.Bindings {
+		public = append(append(public, b.IMPU), b.Associated...)
+	}
+	for _, s := range slices.Clone(t.byAddr[u.Addr]) {
+		if s.Clear && s.UE.shares(public) {
 			t.remove(s)
 		}
 	}
