@@ -102,9 +102,11 @@ func (w *Worker) clearIntegrity(tx *regTx) string {
 
 // unlessProtected goes on with a REGISTER in clear if no other worker has SAs of its identity either.
 func (w *Worker) unlessProtected(tx *regTx, then func()) {
-	check := func(elsewhere bool) {
+	check := func(elsewhere bool, err error) {
 		switch {
 		case w.txs[tx.key] != tx || tx.final != nil: // given up meanwhile
+		case err != nil:
+			w.registerFailed(tx, 503, "Service Unavailable", err.Error(), observe.ReasonBusy, retryAfter)
 		case elsewhere || w.table.Protected(tx.impi):
 			w.registerFailed(tx, 403, "Forbidden", "Security-Client: missing, and the identity has security associations",
 				observe.ReasonDowngrade)
@@ -113,10 +115,27 @@ func (w *Worker) unlessProtected(tx *regTx, then func()) {
 		}
 	}
 	if w.cfg.Fleet == nil {
-		check(false)
+		check(false, nil)
 		return
 	}
-	w.cfg.Fleet.anyOther(w, func(o *Worker) bool { return o.table.Protected(tx.impi) }, check)
+	q := w.asking[tx.impi]
+	if q == nil {
+		q = new(asking)
+		w.asking[tx.impi] = q
+	}
+	q.open++
+	w.cfg.Fleet.anyOther(w, func(o *Worker) bool { return o.table.Protected(tx.impi) }, func(elsewhere bool, err error) {
+		if q.open--; q.open == 0 {
+			delete(w.asking, tx.impi)
+		}
+		check(elsewhere || q.protected, err)
+	})
+}
+
+// asking is what a worker has to know of an identity while it asks the others about it.
+type asking struct {
+	open      int  // questions
+	protected bool // one of them has told us of SAs, which may be after its answer
 }
 
 // registeredClear handles a 2xx to a REGISTER that passed in clear. answer is what the phone gets.
@@ -189,7 +208,12 @@ func (w *Worker) associate(tx *regTx, core, answer []byte, expires time.Duration
 func (w *Worker) endClear(impi string) {
 	w.table.DissociateAll(impi)
 	if w.cfg.Fleet != nil {
-		w.cfg.Fleet.others(w, func(o *Worker) { o.table.DissociateAll(impi) })
+		w.cfg.Fleet.insist(w, func(o *Worker) {
+			o.table.DissociateAll(impi)
+			if q := o.asking[impi]; q != nil {
+				q.protected = true
+			}
+		})
 	}
 }
 

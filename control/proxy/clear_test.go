@@ -390,6 +390,72 @@ func TestNoDowngrade(t *testing.T) {
 	})
 }
 
+// Three workers: one answers that it has no SAs of the identity, gets them, and says so, all before the last one has answered.
+func TestNoDowngradeWhileAsking(t *testing.T) {
+	fleet := new(Fleet)
+	join := func(c *Config) { c.Fleet, c.Workers = fleet, 3 }
+	a, b, c := newRig(t, with(allow), join), newRig(t, with(allow), join), newRig(t, with(allow), join)
+	q := newPhone()
+	q.addr, q.callID, q.authorization = netip.MustParseAddr("10.45.0.8"), "q", credentials
+	f := clearFlow()
+	f.Remote = netip.AddrPortFrom(q.addr, 5060)
+	a.w.Message(f, []byte(q.register("ask", 5060, plain...)))
+	for _, r := range []*rig{b, c, a} {
+		r.settle()
+	}
+	req := a.l.out[0]
+	a.l.out = nil
+	a.w.Message(coreFlow(), []byte(answerTo(t, req.msg, "200 OK", q.accepted()...)))
+	b.settle()
+	b.registered()
+	a.settle()
+	c.settle()
+	a.settle()
+	if len(a.l.out) != 1 || status(t, a.l.out[0].msg) != 403 || a.w.table.UEs() != 0 || len(a.w.asking) != 0 {
+		t.Errorf("%d associations of a phone with SAs, %d open questions, sent: %v", a.w.table.UEs(), len(a.w.asking), a.l.out)
+	}
+}
+
+// While a worker has too much to do to say whether it has SAs of an identity, or has not begun, nobody gets an association. One
+// that could not be told of new SAs is told later.
+func TestNoDowngradeWhileBusy(t *testing.T) {
+	fleet := new(Fleet)
+	join := func(c *Config) { c.Fleet, c.Workers = fleet, 2 }
+	a := newRig(t, with(allow), join)
+	q := newPhone()
+	q.addr, q.callID, q.authorization = netip.MustParseAddr("10.45.0.8"), "q", credentials
+	f := clearFlow()
+	f.Remote = netip.AddrPortFrom(q.addr, 5060)
+	if out := a.one(f, q.register("alone", 5060, plain...)); status(t, out.msg) != 503 {
+		t.Errorf("the other worker has not begun:\n%s", out.msg)
+	}
+	b := newRig(t, with(allow), join)
+	b.l.full = true
+	if out := a.one(f, q.register("full", 5060, plain...)); status(t, out.msg) != 503 {
+		t.Errorf("the other worker is busy:\n%s", out.msg)
+	}
+	b.l.full = false
+	step := func(f ims.Flow, msg string) string {
+		a.l.out = nil
+		a.w.Message(f, []byte(msg))
+		b.settle()
+		a.settle()
+		return a.l.out[0].msg
+	}
+	req := step(f, q.register("free", 5060, plain...))
+	if ans := step(coreFlow(), answerTo(t, req, "200 OK", q.accepted()...)); status(t, ans) != 200 {
+		t.Fatalf("answer:\n%s", ans)
+	}
+	a.l.full = true
+	b.registered()
+	a.l.full = false
+	b.advance(time.Second)
+	a.settle()
+	if a.w.table.UEs() != 0 {
+		t.Error("the association outlives the SAs of its identity")
+	}
+}
+
 // Without Authorization the private identity is derived from the public one, and need not be that of the SAs: the phone
 // that has SAs under a public identity gets no association under it all the same, and loses the one that it has.
 func TestNoDowngradeByPublicIdentity(t *testing.T) {

@@ -1,15 +1,19 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/wheel"
 )
 
 // Fleet lets the workers of one process tell each other what concerns a phone that another of them owns, and others ask
@@ -91,30 +95,64 @@ func (f *Fleet) Sets(ctx context.Context) (sets, clear map[uint64]bool, err erro
 	return sets, clear, nil
 }
 
-// anyOther asks every other worker on its loop, and passes on the loop of self whether one of them said yes. What self tells
-// the others afterwards reaches them after the question, and what they told self before their answer has arrived before it.
-func (f *Fleet) anyOther(self *Worker, ask func(*Worker) bool, done func(bool)) {
+// errNotAsked says that a worker cannot be asked: it has not begun, has ended, or has too much to do.
+var errNotAsked = errors.New("a worker cannot be asked")
+
+// anyOther asks every other worker on its loop, and passes on the loop of self whether one of them said yes, and an error if
+// not all of them could be asked. What self tells the others afterwards reaches them after the question, and what they told
+// self before their answer has arrived before it; what they tell self after it may come before the answer of the last one.
+func (f *Fleet) anyOther(self *Worker, ask func(*Worker) bool, done func(bool, error)) {
 	f.mu.RLock()
+	all := len(f.workers) >= self.cfg.Workers
 	workers := slices.DeleteFunc(slices.Clone(f.workers), func(o *Worker) bool { return o == self })
 	f.mu.RUnlock()
-	left, found := len(workers), false
-	if left == 0 {
-		done(false)
+	if !all {
+		done(false, errNotAsked)
 		return
 	}
-	answered := func(yes bool) {
-		found = found || yes
+	left, found := len(workers), false
+	if left == 0 {
+		done(false, nil)
+		return
+	}
+	var failed error
+	answered := func(yes bool, err error) {
+		found, failed = found || yes, cmp.Or(failed, err)
 		if left--; left == 0 {
-			done(found)
+			done(found, failed)
 		}
 	}
 	for _, o := range workers {
 		if o.eg.Post(func() {
 			yes := ask(o)
-			_ = self.eg.Post(func() { answered(yes) })
+			_ = self.eg.Post(func() { answered(yes, nil) })
 		}) != nil {
-			answered(false) // a loop that has ended has no phones left
+			answered(false, errNotAsked)
 		}
+	}
+}
+
+// How often a loop that has too much to do is told again what it must hear of, and when.
+const (
+	insistTries = 100
+	insistRetry = 100 * time.Millisecond
+)
+
+// insist is others for what must not get lost: a loop that has too much to do hears of it later.
+func (f *Fleet) insist(self *Worker, do func(*Worker)) {
+	f.mu.RLock()
+	workers := slices.Clone(f.workers)
+	f.mu.RUnlock()
+	for _, o := range workers {
+		if o != self {
+			self.insistOn(o, do, insistTries)
+		}
+	}
+}
+
+func (w *Worker) insistOn(o *Worker, do func(*Worker), tries int) {
+	if o.eg.Post(func() { do(o) }) != nil && tries > 1 {
+		w.wheel.Schedule(new(wheel.Timer), insistRetry, func() { w.insistOn(o, do, tries-1) })
 	}
 }
 

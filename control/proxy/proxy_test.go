@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -51,6 +52,7 @@ type loop struct {
 	now    time.Time
 	mu     sync.Mutex // of posted: look-ups post from goroutines of their own
 	posted []func()
+	full   bool // nothing more can be posted
 	out    []sent
 	dials  []dialled
 	closed []ims.ConnID
@@ -65,6 +67,9 @@ func (l *loop) CloseConn(c ims.ConnID, _ bool) { delete(l.conns, c); l.closed = 
 func (l *loop) Post(f func()) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.full {
+		return errors.New("queue is full")
+	}
 	l.posted = append(l.posted, f)
 	return nil
 }

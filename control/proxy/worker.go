@@ -121,6 +121,7 @@ type Worker struct {
 	protected         *pendingQueue            // and over SA sets
 	conns             map[ims.ConnID]*registrar.Set
 	inClear           map[uint64]*registrar.UE // contexts of registrations in clear, by the name in their Path
+	asking            map[string]*asking       // identities that the other workers are asked about
 	dials             map[uint64]*dial
 	ueDial            map[*registrar.Set]*dial
 	mwConn            map[netip.AddrPort]ims.ConnID // connections we opened or that are reused, by the peer's listening address
@@ -155,7 +156,7 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 	}
 	w := &Worker{
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
-		mwPort: cfg.MwPort + uint16(id), rules: cfg.Policy, inClear: make(map[uint64]*registrar.UE),
+		mwPort: cfg.MwPort + uint16(id), rules: cfg.Policy, inClear: make(map[uint64]*registrar.UE), asking: make(map[string]*asking),
 		txs: make(map[txKey]*regTx), newest: make(map[registrar.Key]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
 		protected: newPendingQueue(),
 		conns:     make(map[ims.ConnID]*registrar.Set),
