@@ -306,6 +306,42 @@ func TestAwaitAuthWhileCoreDecides(t *testing.T) {
 	}
 }
 
+// A REGISTER in clear, which anybody can send who has the address, does not spoil the re-registration that the phone has under
+// way over its SA.
+func TestClearRegisterDuringReauthentication(t *testing.T) {
+	r := newRig(t)
+	p := r.registered()
+	old := *p
+	p.agree()
+	req := r.one(old.protectedFlow, p.register("re", 6300, "Security-Verify: "+old.server))
+	x := newPhone()
+	x.n = 50
+	x.callID = "x"
+	x.agree()
+	r.one(clearFlow(), x.register("x", 5060))
+	ans := r.one(coreFlow(), answerTo(t, req.msg, "401 Unauthorized", challenge))
+	if get(t, ans.msg, sipmsg.SecurityServer) == "" || r.backend.Count() != 8 {
+		t.Fatalf("%d SAs, answer:\n%s", r.backend.Count(), ans.msg)
+	}
+	old.downlink(t, ans)
+	r.readServer(p, ans.msg)
+	// Nor does the challenge that a second one gets, and each of its kind ends the one before.
+	for _, branch := range []string{"y", "z"} {
+		x.agree()
+		req = r.one(clearFlow(), x.register(branch, 5060))
+		if out := r.one(coreFlow(), answerTo(t, req.msg, "401 Unauthorized", challenge)); status(t, out.msg) != 401 || r.backend.Count() != 12 {
+			t.Fatalf("%d SAs, answer:\n%s", r.backend.Count(), out.msg)
+		}
+	}
+	if _, ok := r.confirm(p); status(t, ok.msg) != 200 {
+		t.Errorf("answer:\n%s", ok.msg)
+	}
+	if r.backend.Count() != 8 {
+		t.Errorf("%d SAs, want those of the old set and the new one", r.backend.Count())
+	}
+	r.served(p)
+}
+
 // A UE cannot change the transport of its answer in the Via beneath.
 func TestFlipTransport(t *testing.T) {
 	r := newRig(t)

@@ -117,10 +117,16 @@ func (w *Worker) register(f ims.Flow, s *registrar.Set) {
 	w.txs[key] = tx
 	w.enqueuePending(tx)
 	nk := w.keyOf(tx)
-	if old := w.newest[nk]; old != nil && old.final == nil {
-		old.replaced = true
+	old := w.newest[nk]
+	if old != nil && old.final != nil {
+		old = nil
 	}
-	w.newest[nk] = tx
+	if old == nil || s != nil || old.over == nil { // nobody has proved who sends in clear: it replaces nothing that is protected
+		if old != nil {
+			old.replaced = true
+		}
+		w.newest[nk] = tx
+	}
 	w.wheel.Schedule(&tx.timeout, w.cfg.RegisterTimeout, func() { w.registerTimeout(tx) })
 	if s != nil { // reg-await-auth has done its part, the phone has answered
 		w.table.Hold(s, w.cfg.RegisterTimeout+answerGrace)

@@ -477,7 +477,7 @@ func spiClash(s *Set, o *Offer) bool {
 }
 
 // Begin makes a temporary set for an offer that the core has challenged: it drops the temporary sets which this UE
-// registration still has (TS 24.229 §5.2.2.2), takes SPIs and ports, and has the backend install the four SAs. done is
+// registration still has (TS 24.229 §5.2.2.2) but for those that outlive it, takes SPIs and ports, and has the backend install the four SAs. done is
 // called on the loop once the backend has answered; with a nil error the set is Temporary and its reg-await-auth timer
 // runs. Begin itself fails without side effects on conflicts and exhausted pools.
 //
@@ -486,7 +486,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	u := t.byKey[o.key()]
 	if u != nil {
 		for _, s := range slices.Clone(u.Sets) {
-			if s.Phase == sa.Temporary || s.Phase == sa.Reserved {
+			if (s.Phase == sa.Temporary || s.Phase == sa.Reserved) && !t.outlives(s, o) {
 				t.remove(s)
 			}
 		}
@@ -540,6 +540,19 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 		t.onLoop(func() { t.installed(s, err, done) })
 	})
 	return s, nil
+}
+
+// outlives reports whether a set that waits for its authentication stays beside the one of an offer: that of a
+// re-authentication beside one that began in clear, since whoever sends in clear may not be the phone. The phone's answer to
+// either ends the other. A phone that starts over with the same SPIs needs the place.
+func (t *Table) outlives(s *Set, o *Offer) bool {
+	sets := 2 // these two
+	for _, k := range s.UE.Sets {
+		if k.Phase == sa.Established || k.Phase == sa.Old {
+			sets++
+		}
+	}
+	return o.Over == nil && s.Over != nil && !s.removing && !spiClash(s, o) && sets <= t.cfg.MaxSets
 }
 
 // onLoop runs f on the worker's loop. A loop that is gone has no state left to keep right.
