@@ -198,6 +198,7 @@ func (w *Worker) associate(tx *regTx, core, answer []byte, expires time.Duration
 	if w.m.Scan(core) == nil {
 		w.learn(s.UE, tx)
 	}
+	w.table.Trim(s.UE, maxContexts)
 	s.UE.Expires = w.eg.Now().Add(expires)
 	w.obs.Registration(tx.kind(), true)
 	w.metrics.ObserveRegistration(w.eg.Now().Sub(tx.began))

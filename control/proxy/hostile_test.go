@@ -342,6 +342,53 @@ func TestClearRegisterDuringReauthentication(t *testing.T) {
 	r.served(p)
 }
 
+// A phone that registers from one address of its prefix after the other, as a further flow (RFC 5626), for emergencies or in
+// clear, holds only so many contexts, and takes nothing away from others.
+func TestAddressFlood(t *testing.T) {
+	for name, extra := range map[string]string{
+		"outbound":  `Contact: <sip:001010000000001@10.45.1.%d:6300>;reg-id=1;+sip.instance="<urn:x>"`,
+		"emergency": "Contact: <sip:001010000000001@10.45.1.%d:6300;sos>",
+		"moving":    "Contact: <sip:001010000000001@10.45.1.%d:6300>",
+		"clear":     "Contact: <sip:001010000000001@10.45.1.%d:6300>",
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, with(allow))
+			other := r.signUp(phoneAt("10.45.0.77", 3))
+			var last *phone
+			var end sent
+			for i := 1; i <= 60; i++ {
+				p := newPhone()
+				p.addr, p.callID = netip.AddrFrom4([4]byte{10, 45, 1, byte(i)}), fmt.Sprintf("flood%d", i)
+				contact := fmt.Sprintf(extra, i)
+				ok := []string{contact + ";expires=600000", granted[1], granted[2]}
+				if name == "clear" {
+					p.authorization = credentials
+					end = r.one(p.clear(), p.register("c", 5060, append([]string{contact}, plain...)...))
+				} else {
+					req := r.one(p.clear(), p.register("a", 5060, contact))
+					r.readServer(p, r.one(coreFlow(), answerTo(t, req.msg, "401 Unauthorized", challenge)).msg)
+					p.authorization = proof
+					end = r.one(p.protectedFlow, p.register("b", 6300, contact, "Security-Verify: "+p.server))
+				}
+				if out := r.one(coreFlow(), answerTo(t, end.msg, "200 OK", ok...)); status(t, out.msg) != 200 {
+					t.Fatalf("phone %d:\n%s", i, out.msg)
+				}
+				last = p
+			}
+			if n := r.w.table.UEs(); n > maxContexts+1 {
+				t.Errorf("%d contexts", n)
+			}
+			if n := r.w.table.SPIsInUse(); n > 2*(maxContexts+1) {
+				t.Errorf("%d SPIs", n)
+			}
+			if inv := r.one(coreFlow(), mtInvite(get(t, end.msg, sipmsg.Path), "")); inv.remote.Addr() != last.addr {
+				t.Errorf("the newest is not reached:\n%s", inv.msg)
+			}
+			r.served(other)
+		})
+	}
+}
+
 // A UE cannot change the transport of its answer in the Via beneath.
 func TestFlipTransport(t *testing.T) {
 	r := newRig(t)

@@ -29,6 +29,10 @@ const (
 	coreT2 = 4 * time.Second
 	// finalKept is how long a final answer is kept for retransmissions of the request: timer J with T1 = 2 s.
 	finalKept = 128 * time.Second
+	// maxContexts bounds what one IMPI may hold on a worker: addresses with normal registrations, such as flows (RFC 5626)
+	// and those that a phone has just left, as many with emergency ones, as many in clear. A phone may take any address of
+	// its IPv6 prefix.
+	maxContexts = 8
 )
 
 type txKey uint64
@@ -909,6 +913,9 @@ func (w *Worker) registered(tx *regTx) {
 		w.table.Confirm(s, expires+w.cfg.LifetimeExtra)
 	} else {
 		w.table.Refresh(s, expires+w.cfg.LifetimeExtra)
+	}
+	if initial {
+		w.table.Trim(s.UE, maxContexts)
 	}
 	w.obs.Registration(kind, true)
 	w.metrics.ObserveRegistration(w.eg.Now().Sub(tx.began))
