@@ -389,6 +389,29 @@ func TestAddressFlood(t *testing.T) {
 	}
 }
 
+// A phone that registers one public identity over its SA again and again, each time with another parameter in To, which the
+// core takes for the same identity, does not make us remember all of them.
+func TestIdentityFlood(t *testing.T) {
+	r := newRig(t)
+	p := r.registered()
+	for i := range 300 {
+		to := fmt.Sprintf("To: <sip:%s;x=%d>", impi, i)
+		req := r.one(p.protectedFlow, p.register(fmt.Sprintf("if%d", i), 6300, "Security-Client:", to))
+		out := r.one(coreFlow(), answerTo(t, req.msg, "200 OK", granted...))
+		if code := status(t, out.msg); code != 200 {
+			t.Fatalf("REGISTER %d:\n%s", i, out.msg)
+		}
+	}
+	u := r.w.table.UEOf(impi, ueAddr)
+	if len(u.Bindings) > registrar.MaxBindings {
+		t.Errorf("%d bindings", len(u.Bindings))
+	}
+	r.served(p)
+	if out := r.leave(p); status(t, out.msg) != 200 {
+		t.Errorf("answer:\n%s", out.msg)
+	}
+}
+
 // A UE cannot change the transport of its answer in the Via beneath.
 func TestFlipTransport(t *testing.T) {
 	r := newRig(t)

@@ -139,7 +139,11 @@ type Binding struct {
 	Associated []string // P-Associated-URI
 }
 
-// Bind notes a registered identity, and replaces what was known of it.
+// MaxBindings bounds the public identities that a UE has registered, each with its implicit set. A phone that writes one
+// identity in ever new ways would otherwise have no end of them.
+const MaxBindings = 32
+
+// Bind notes a registered identity, and replaces what was known of it. The oldest one gives way where there are too many.
 func (u *UE) Bind(b Binding) {
 	if i := slices.IndexFunc(u.Bindings, func(o Binding) bool { return o.IMPU == b.IMPU }); i >= 0 {
 		if len(b.Associated) == 0 {
@@ -147,6 +151,9 @@ func (u *UE) Bind(b Binding) {
 		}
 		u.Bindings[i] = b
 	} else {
+		if n := len(u.Bindings) - MaxBindings + 1; n > 0 {
+			u.Bindings = slices.Delete(u.Bindings, 0, n)
+		}
 		u.Bindings = append(u.Bindings, b)
 	}
 	u.gatherIdentities()
