@@ -752,21 +752,25 @@ func (t *Table) Touch(s *Set) {
 	}
 }
 
-// Refresh moves the lifetime of an established set after a re-registration that was not challenged. It never shortens.
+// Refresh moves the lifetime of an established set after a re-registration that was not challenged. It never shortens. One
+// that came over an old set moves the life of the set in use, which carries the registration on, while the old set ends as it
+// would have (TS 33.203 §7.4).
 func (t *Table) Refresh(s *Set, life time.Duration) {
 	t.register(s.UE, Accepted)
 	t.Changed(s.UE)
 	if s.Phase != sa.Established && s.Phase != sa.Old {
 		return
 	}
+	switch c := s.UE.Current; {
+	case c == nil: // the set that had replaced it has gone before it
+		s.UE.Current = s
+	case s.Phase == sa.Old:
+		s = c
+	}
 	s.removing = false
 	t.extend(s, max(life, s.Deadline.Sub(t.now())))
 	if s.Phase == sa.Old {
-		if s.UE.Current == s {
-			t.armOld(s)
-		} else {
-			t.arm(s, min(life, t.cfg.OldSet))
-		}
+		t.armOld(s)
 	}
 }
 

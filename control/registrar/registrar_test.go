@@ -637,3 +637,44 @@ func TestDismiss(t *testing.T) {
 	b.advance(await + time.Second)
 	b.empty()
 }
+
+// A refresh that comes over an old set prolongs the registration, and so the set that carries it on: the phone would
+// otherwise be registered at the core and have no SA.
+func TestRefreshOverOldSet(t *testing.T) {
+	b := newBench(t)
+	first := b.begin(offer(1))
+	b.table.Confirm(first, time.Hour)
+	o := offer(2)
+	o.Over = first
+	second := b.begin(o)
+	b.table.Confirm(second, time.Hour)
+	b.table.Touch(second) // taken into use, the old one has 64*T1 left
+	b.advance(time.Minute)
+	b.table.Refresh(first, 3*time.Hour)
+	if left := second.Deadline.Sub(b.now); left != 3*time.Hour {
+		t.Errorf("the set in use lives for %v", left)
+	}
+	for range 5 {
+		b.advance(20 * time.Second)
+		if first.Phase.Live() {
+			b.table.Refresh(first, 3*time.Hour)
+		}
+	}
+	if first.Phase.Live() {
+		t.Error("refreshes keep an old set alive beyond 64*T1")
+	}
+
+	// Without the set in use the old one is all that the phone has.
+	o = offer(3)
+	o.Over = second
+	third := b.begin(o)
+	b.table.Confirm(third, time.Hour)
+	b.table.Touch(third)
+	b.table.Expired(third.ID)
+	b.table.Refresh(second, time.Hour)
+	if u := second.UE; u.Current != second || second.Deadline.Sub(b.now) < time.Hour {
+		t.Errorf("the last set is in use: %v, for %v", u.Current == second, second.Deadline.Sub(b.now))
+	}
+	b.advance(4 * time.Hour)
+	b.empty()
+}
