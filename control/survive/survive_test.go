@@ -348,11 +348,14 @@ type books struct {
 	sets   map[uint64]bool
 	clear  map[uint64]bool
 	mended map[uint64]sa.Counters
-	err    error
+	fails  int // so many times
 }
 
 func (b *books) Sets(context.Context) (sets, clear map[uint64]bool, err error) {
-	return maps.Clone(b.sets), b.clear, b.err
+	if b.fails--; b.fails >= 0 {
+		return nil, nil, errors.New("loop is gone")
+	}
+	return maps.Clone(b.sets), b.clear, nil
 }
 func (b *books) Mend(id uint64, c sa.Counters) { b.mended[id] = c }
 
@@ -451,15 +454,12 @@ func TestRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 1)
 		w.install(w.sets...)
-		b := &books{sets: map[uint64]bool{w.sets[0].ID: true}, mended: make(map[uint64]sa.Counters), err: errors.New("loop is gone")}
+		b := &books{sets: map[uint64]bool{w.sets[0].ID: true}, mended: make(map[uint64]sa.Counters), fails: 2}
 		r, writer := w.reconciler(b)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); r.Run(ctx) }()
-		time.Sleep(2*DefaultInterval + time.Second)
-		synctest.Wait()
-		b.err = nil
-		time.Sleep(3 * DefaultInterval)
+		time.Sleep(5*DefaultInterval + time.Second)
 		synctest.Wait()
 		if _, rounds, _, faulted := r.Stats(); rounds != 3 || faulted != 2 {
 			t.Errorf("%d rounds, %d faulted", rounds, faulted)
