@@ -54,6 +54,7 @@ func (w *Worker) restore() {
 				_ = w.cfg.Store.DeleteSet(u.Sets[j].ID) // the writer ends after the workers
 			}
 			_ = w.cfg.Store.Free(store.Freed{Context: u.Context, Gen: u.Gen})
+			k.Freed = append(k.Freed, store.Freed{Context: u.Context, Gen: u.Gen})
 		}
 	}
 	for _, f := range k.Freed {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/control/sa/satest"
@@ -268,6 +269,21 @@ func TestRestartContradiction(t *testing.T) {
 	}
 	if snap := k.snapshot(); len(snap.Sets) != 1 || len(snap.Registrations) != 1 {
 		t.Errorf("%d sets and %d registrations are kept", len(snap.Sets), len(snap.Registrations))
+	}
+	// Nobody else is taken for the second phone by its flow tokens.
+	for i := range uint8(8) {
+		s, err := k.w.table.Begin(&registrar.Offer{
+			IMPI: "third@" + domain, Local: gmAddr, UE: netip.AddrFrom4([4]byte{10, 46, 0, i}), SPIC: 1000, SPIS: 1001, PortC: 6300, PortS: 6301,
+		}, ims.ESPKeys{}, func(*registrar.Set, error) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.UE.Index == r.Index && s.UE.Gen != r.Gen+1<<8 {
+			t.Errorf("generation %d follows %d", s.UE.Gen, r.Gen)
+		}
+	}
+	if u := k.w.table.Lookup(r.Index, r.Gen+1<<8); u == nil {
+		t.Error("index 9 was not given out again")
 	}
 }
 

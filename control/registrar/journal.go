@@ -112,7 +112,7 @@ func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
 	t.byKey[u.Key()] = u
 	t.byIMPI[u.IMPI] = append(t.byIMPI[u.IMPI], u)
 	u.gatherIdentities()
-	u.kept = true
+	u.kept, u.restored = true, true
 	t.obs.UEs(u.State, 1)
 	for _, s := range u.Sets {
 		s.UE, s.kept, s.removing = u, true, removing(s)
@@ -146,6 +146,7 @@ func (t *Table) Retire(index uint32, gen uint16) {
 // Resume ends the restoring: indices in between are free, and set ids go on after the highest one ever seen.
 func (t *Table) Resume(lastID uint64) {
 	t.nextID = max(t.nextID, lastID&(1<<48-1))
+	t.free = t.free[:0] // of those that were restored some may have gone already
 	for i := len(t.ues) - 1; i > 0; i-- {
 		if t.ues[i] == nil {
 			t.free = append(t.free, uint32(i)) //nolint:gosec // at most MaxUEs
@@ -161,7 +162,8 @@ func (t *Table) at(index uint32) *UE {
 	return nil
 }
 
-// reserve makes room for an index. Those in between begin with a random generation: nobody knows which theirs were.
+// reserve makes room for an index. New ones begin with a random generation: nobody knows which theirs were in the run before,
+// when a crash may have kept the record of a registration from reaching the store.
 func (t *Table) reserve(index uint32) {
 	for len(t.ues) <= int(index) {
 		t.ues, t.gens = append(t.ues, nil), append(t.gens, uint16(rand.Uint32())) //nolint:gosec // no secret
@@ -231,7 +233,8 @@ func (t *Table) Walk(from uint32, n int, f func(*UE)) (next uint32) {
 
 // journaled is what a UE carries for the journal.
 type journaled struct {
-	keep   wheel.Timer
-	keepAt time.Time
-	kept   bool
+	keep     wheel.Timer
+	keepAt   time.Time
+	kept     bool
+	restored bool
 }

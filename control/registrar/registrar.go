@@ -638,7 +638,7 @@ func (t *Table) add(k Key, local netip.Addr) *UE {
 		index, t.free = t.free[n-1], t.free[:n-1]
 	case len(t.ues) <= MaxUEs:
 		index = uint32(len(t.ues))
-		t.ues, t.gens = append(t.ues, nil), append(t.gens, 0)
+		t.reserve(index)
 	default:
 		return nil
 	}
@@ -968,7 +968,11 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 			delete(t.byIMPI, u.IMPI)
 		}
 		t.ues[u.Index] = nil
-		t.gens[u.Index]++
+		gap := uint16(1)
+		if u.restored { // phones after this one may have had the index before a crash took their records
+			gap = restartGap
+		}
+		t.gens[u.Index] += gap
 		t.free = append(t.free, u.Index)
 		t.obs.UEs(u.State, -1)
 		t.obs.Gone(u)
