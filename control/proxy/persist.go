@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -198,5 +199,32 @@ func (f *Fleet) Expired(id uint64) {
 	})
 }
 
-// Mend has a set installed again of which the backend has lost an SA.
-func (f *Fleet) Mend(id uint64, c sa.Counters) { f.all(func(w *Worker) { w.table.Mend(id, c) }) }
+// Mend has sets installed again of which the backend has lost an SA, and waits until it has answered.
+func (f *Fleet) Mend(ctx context.Context, sets map[uint64]sa.Counters) error {
+	f.mu.RLock()
+	workers := slices.Clone(f.workers)
+	f.mu.RUnlock()
+	answers, found := make(chan struct{}, len(sets)), make(chan int, len(workers))
+	for _, w := range workers {
+		if w.eg.Post(func() { found <- w.table.Mend(sets, func() { answers <- struct{}{} }) }) != nil {
+			found <- 0 // a loop that has ended has no sets left
+		}
+	}
+	left := 0
+	for range workers {
+		select {
+		case n := <-found:
+			left += n
+		case <-ctx.Done():
+			return fmt.Errorf("mend SA sets: %w", context.Cause(ctx))
+		}
+	}
+	for range left {
+		select {
+		case <-answers:
+		case <-ctx.Done():
+			return fmt.Errorf("mend SA sets: %w", context.Cause(ctx))
+		}
+	}
+	return nil
+}

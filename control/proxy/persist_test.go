@@ -305,6 +305,44 @@ func TestBackendExpires(t *testing.T) {
 	}
 }
 
+// mend asks for sets to be mended, and lets loop and backend do it.
+func (k *keptRig) mend(sets map[uint64]sa.Counters) {
+	k.t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- k.cfg.Fleet.Mend(k.t.Context(), sets) }()
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				k.t.Error(err)
+			}
+			return
+		default:
+			k.settle()
+		}
+	}
+}
+
+// A set that was mended before it was worth keeping is kept with the numbers that it has gone on from: after the next
+// restart none of them is used again.
+func TestMendUnkept(t *testing.T) {
+	k := newKeptRig(t)
+	p := newPhone()
+	k.challenge(p, clearFlow(), 5060)
+	s := k.w.table.UEOf(impi, ueAddr).Sets[0]
+	k.backend.Lose(s.SAs()[0])
+	k.mend(map[uint64]sa.Counters{s.ID: {1, 2, 3, 4}})
+	k.confirm(p)
+	if snap := k.snapshot(); len(snap.Sets) != 1 || snap.Sets[0].Counters != (sa.Counters{1, 2, 3, 4}) {
+		t.Errorf("%d sets are kept, numbers %v", len(snap.Sets), snap.Sets[0].Counters)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := k.cfg.Fleet.Mend(ctx, map[uint64]sa.Counters{s.ID: {}}); err == nil {
+		t.Error("mended without anybody to do it")
+	}
+}
+
 // What the backend has lost is installed again with the numbers asked for; where that fails the set goes.
 func TestMend(t *testing.T) {
 	k := newKeptRig(t)
@@ -313,8 +351,7 @@ func TestMend(t *testing.T) {
 	sas := s.SAs()
 	k.backend.Lose(sas[0])
 	k.backend.Lose(sas[2])
-	k.cfg.Fleet.Mend(s.ID, sa.Counters{1, 2, 3, 4})
-	k.settle()
+	k.mend(map[uint64]sa.Counters{s.ID: {1, 2, 3, 4}, s.ID + 1: {}})
 	last := k.backend.Installed[len(k.backend.Installed)-1]
 	if k.backend.Count() != 4 || last.Counters != (sa.Counters{1, 2, 3, 4}) || last.Hard <= 0 || len(last.Keys.Auth) != 20 {
 		t.Errorf("%d SAs, counters %v, hard limit %v", k.backend.Count(), last.Counters, last.Hard)
@@ -322,7 +359,7 @@ func TestMend(t *testing.T) {
 	k.one(p.protectedFlow, p.message())
 	k.backend.Lose(sas[1])
 	k.backend.Fail = func(sa.Params) error { return satest.ErrExists }
-	k.cfg.Fleet.Mend(s.ID, sa.Counters{})
+	k.mend(map[uint64]sa.Counters{s.ID: {}})
 	k.settle()
 	if k.w.table.UEs() != 0 || k.backend.Count() != 0 {
 		t.Errorf("%d UEs, %d SAs", k.w.table.UEs(), k.backend.Count())

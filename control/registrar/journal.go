@@ -183,22 +183,28 @@ func (t *Table) Expired(id uint64) bool {
 	return true
 }
 
-// Mend has the backend install a set again of which it has lost an SA, with the sequence numbers moved ahead. The set
-// goes where that fails. It reports whether there is such a set.
-func (t *Table) Mend(id uint64, c sa.Counters) bool {
-	s := t.byID(id)
-	if s == nil || s.Clear || !s.Phase.Live() {
-		return false
-	}
-	p := s.Params
-	p.Counters, p.Hard = c, s.Deadline.Sub(t.now())+hardMargin
-	t.installer.Remove(p, func(error) {})
-	t.installer.Install(p, func(err error) {
-		if err != nil {
-			t.onLoop(func() { t.remove(s) })
+// Mend has the backend install sets again of which it has lost an SA, with these sequence numbers. It returns how many of
+// them are here, calls answered for each when the backend has answered, on a goroutine of the backend's, and lets a set go
+// where that fails. It looks at every set there is, once.
+func (t *Table) Mend(sets map[uint64]sa.Counters, answered func()) (n int) {
+	for k, s := range t.byTuple {
+		c, ok := sets[s.ID]
+		if !ok || s.Clear || !s.Phase.Live() || k != s.tupleA() { // each set is there twice
+			continue
 		}
-	})
-	return true
+		n++
+		s.Counters = c // a set that is kept only later goes on from here as well
+		p := s.Params
+		p.Hard = s.Deadline.Sub(t.now()) + hardMargin
+		t.installer.Remove(p, func(error) {})
+		t.installer.Install(p, func(err error) {
+			if err != nil {
+				t.onLoop(func() { t.remove(s) })
+			}
+			answered()
+		})
+	}
+	return n
 }
 
 // byID finds a set. It is for rare events: it looks at all of them.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -21,8 +22,8 @@ type Books interface {
 	// Sets returns the ids of the sets which the workers believe the backend to hold, each with whether the store
 	// keeps it, and in the same way those without SAs, which concern the store alone.
 	Sets(ctx context.Context) (sets, clear map[uint64]bool, err error)
-	// Mend has a set installed again, with these sequence numbers.
-	Mend(id uint64, c sa.Counters)
+	// Mend has sets installed again, with these sequence numbers, and returns once the backend has answered.
+	Mend(ctx context.Context, sets map[uint64]sa.Counters) error
 }
 
 // ReconcilerConfig is what a Reconciler works with.
@@ -193,11 +194,22 @@ func (r *Reconciler) compareStore(ctx context.Context, books map[uint64]bool, no
 	return nil
 }
 
-// mend has sets installed again. Their numbers move on from the last checkpoint, as after a reboot, and the new mark is
-// in the store before the first of them is used.
+// mend has sets installed again, no more at a time than the backend lets wait.
 func (r *Reconciler) mend(ctx context.Context, ids []uint64) error {
 	var errs []error
-	ready := ids[:0]
+	for turn := range slices.Chunk(ids, installWindow) {
+		if err := r.mendTurn(ctx, turn); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// mendTurn mends some sets. Their numbers move on from the last checkpoint, as after a reboot, and the new marks are in the
+// store before the first of them is used.
+func (r *Reconciler) mendTurn(ctx context.Context, ids []uint64) error {
+	var errs []error
+	ready := make(map[uint64]sa.Counters, len(ids))
 	for _, id := range ids {
 		c, err := r.last[id].Ahead(Block)
 		if err == nil && r.cfg.Writer != nil {
@@ -207,18 +219,17 @@ func (r *Reconciler) mend(ctx context.Context, ids []uint64) error {
 			errs = append(errs, fmt.Errorf("mend SA set %#x: %w", id, err))
 			continue
 		}
-		r.last[id] = c
-		ready = append(ready, id)
+		r.last[id], ready[id] = c, c
 	}
 	if r.cfg.Writer != nil && len(ready) > 0 {
 		if err := r.cfg.Writer.Flush(ctx); err != nil {
 			return errors.Join(append(errs, err)...)
 		}
 	}
-	for _, id := range ready {
-		r.cfg.Books.Mend(id, r.last[id])
-		r.count(func() { r.mended++ })
+	if err := r.cfg.Books.Mend(ctx, ready); err != nil {
+		return errors.Join(append(errs, err)...)
 	}
+	r.count(func() { r.mended += uint64(len(ready)) })
 	return errors.Join(errs...)
 }
 

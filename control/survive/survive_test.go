@@ -349,6 +349,7 @@ type books struct {
 	clear  map[uint64]bool
 	mended map[uint64]sa.Counters
 	fails  int // so many times
+	turns  int // of mending
 }
 
 func (b *books) Sets(context.Context) (sets, clear map[uint64]bool, err error) {
@@ -357,7 +358,12 @@ func (b *books) Sets(context.Context) (sets, clear map[uint64]bool, err error) {
 	}
 	return maps.Clone(b.sets), b.clear, nil
 }
-func (b *books) Mend(id uint64, c sa.Counters) { b.mended[id] = c }
+
+func (b *books) Mend(_ context.Context, sets map[uint64]sa.Counters) error {
+	b.turns++
+	maps.Copy(b.mended, sets)
+	return nil
+}
 
 func (w *world) reconciler(b *books) (*Reconciler, *store.Writer) {
 	var stored []uint64
@@ -446,6 +452,29 @@ func TestRounds(t *testing.T) {
 	round(Differences{})
 	if _, rounds, mended, faulted := r.Stats(); rounds != 5 || mended != 1 || faulted != 0 {
 		t.Errorf("%d rounds, %d mended, %d faulted", rounds, mended, faulted)
+	}
+}
+
+// When the backend loses everything, it is not asked for more at a time than it lets wait: what it refuses would be lost.
+func TestMendMany(t *testing.T) {
+	w := newWorld(t, 2*installWindow+1)
+	w.install(w.sets...)
+	b := &books{sets: make(map[uint64]bool), mended: make(map[uint64]sa.Counters)}
+	for i := range w.sets {
+		b.sets[w.sets[i].ID] = true
+	}
+	r, _ := w.reconciler(b)
+	for i := range w.sets {
+		p := w.sets[i].Params(w.now)
+		w.backend.Lose(p.SAs()[0])
+	}
+	for range 2 {
+		if err := r.Round(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, mended, _ := r.Stats(); len(b.mended) != len(w.sets) || b.turns != 3 || mended != uint64(len(w.sets)) {
+		t.Errorf("%d of %d sets mended in %d turns, %d counted", len(b.mended), len(w.sets), b.turns, mended)
 	}
 }
 
