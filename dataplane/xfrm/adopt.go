@@ -133,11 +133,11 @@ func (a *adoption) reset() {
 // look finds out whose a state of the kernel is.
 func (a *adoption) look(info *nl.XfrmUsersaInfo, attrs []byte) {
 	h := headOf(info)
-	if !h.esp {
+	if !h.esp || h.id.spi == 0 { // 0: the kernel still waits for its keys
 		return
 	}
-	if h.reqid != a.b.reqid {
-		if h.id.spi != 0 && slices.Contains(a.b.cfg.Local, h.id.dst) { // 0: the kernel still waits for its keys
+	if !a.b.owned(h) {
+		if slices.Contains(a.b.cfg.Local, h.id.dst) {
 			a.foreign = append(a.foreign, h.id.spi)
 		}
 		return

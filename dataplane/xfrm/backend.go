@@ -318,8 +318,9 @@ func (b *Backend) start() error {
 	return nil
 }
 
-// owned reports whether a state carries our mark.
-func (b *Backend) owned(h stateHead) bool { return h.esp && h.reqid == b.reqid }
+// owned reports whether a state is one that we have made. While another key daemon of the host listens, the kernel keeps a
+// state without SPI and keys for half a minute, with the reqid of our policy, for a packet that has found no SA.
+func (b *Backend) owned(h stateHead) bool { return h.esp && h.reqid == b.reqid && h.id.spi != 0 }
 
 // openConn opens a connection beside that of the worker, for one dump. The caller holds extraMu.
 func (b *Backend) openConn(ctx context.Context) (*conn, error) {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/sa"
@@ -407,4 +408,52 @@ func TestGuestAdoptMany(t *testing.T) {
 			t.Fatalf("octet %d of the buffer is %#x: keys may have stayed behind", i, o)
 		}
 	}
+}
+
+// TestGuestLarval: while another key daemon of the host listens, the kernel keeps a state without keys for half a minute
+// for a packet that found no SA, with the reqid of our policy. It is nobody's SA.
+func TestGuestLarval(t *testing.T) {
+	f := newField(t)
+	daemon := acquires(t, f.gm)
+	defer func() { _ = unix.Close(daemon) }()
+	t.Cleanup(func() { // no request names a state without SPI
+		if err := testConn(t, f.gm).ask(nl.XFRM_MSG_FLUSHSA, 0, 4, nil); err != nil {
+			t.Error(err)
+		}
+	})
+	p := testSet(0, false, gcm)
+	f.addUE(t, p)
+	f.exchange(t, p, "before")
+	ps := udp(t, f.gm, tupleOf(p).ps, nil)
+	defer func() { _ = ps.Close() }()
+	_, _ = ps.WriteToUDPAddrPort([]byte("to nobody"), tupleOf(testSet(200, false, gcm)).us)
+	if n, err := testConn(t, f.gm).countStates(); err != nil || n != 5 {
+		t.Fatalf("%d states, %v: want one without keys beside those of the set", n, err)
+	}
+	v, err := f.b.Survey(t.Context())
+	if err != nil || v.Orphans != 0 || len(v.Sets) != 1 {
+		t.Errorf("%d sets, %d orphans, %v", len(v.Sets), v.Orphans, err)
+	}
+	if err := f.b.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	f.b = newGuest(t, f.gm)
+	if a := adopt(t, f.b, []sa.Params{p}); len(a.Adopted) != 1 || a.Removed != 0 {
+		t.Errorf("adopted %d, removed %d", len(a.Adopted), a.Removed)
+	}
+}
+
+// acquires opens a socket that is told of packets without SA, as key daemons do.
+func acquires(t *testing.T, ns *hostnet.NS) (fd int) {
+	t.Helper()
+	err := inside(ns, func() (err error) {
+		if fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_XFRM); err != nil {
+			return err
+		}
+		return unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (nl.XFRMNLGRP_ACQUIRE - 1)})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fd
 }
