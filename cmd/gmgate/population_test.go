@@ -2,9 +2,12 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -20,6 +23,9 @@ import (
 	"github.com/gmgate/gmgate/control/proxy"
 	"github.com/gmgate/gmgate/control/registrar"
 	"github.com/gmgate/gmgate/control/sa"
+	"github.com/gmgate/gmgate/control/store"
+	"github.com/gmgate/gmgate/control/store/bolt"
+	"github.com/gmgate/gmgate/control/survive"
 	"github.com/gmgate/gmgate/dataplane/front"
 	"github.com/gmgate/gmgate/dataplane/front/frontbench"
 	"github.com/gmgate/gmgate/dataplane/hostnet"
@@ -35,6 +41,12 @@ type population struct {
 	local netip.Addr
 	core  ims.Flow
 	first int // number of the first phone that has not registered
+
+	// What is kept of the phones beside the worker's own memory; nil where that is not measured.
+	db         *bolt.DB
+	writer     *store.Writer
+	reconciler *survive.Reconciler
+	subscribes bool // to the registration state: the core answers, and tells it
 }
 
 // memory is the event loop of a population: what is sent is kept in one buffer, and time stands until the benchmark moves
@@ -132,9 +144,92 @@ func (a *acker) Extend(_ sa.Params, _ time.Duration, done func(error)) { a.jobs 
 func (a *acker) Count() int                                            { return 0 }
 func (a *acker) Close() error                                          { return nil }
 
+// whole has all of gmgate that knows of a phone: subscriptions to the registration state, a store in a file of its own with
+// the daemon's writer, and the reconciler, whose backend says that every SA has been used.
+func whole(tb testing.TB) func(*population, *proxy.Config) {
+	return func(p *population, cfg *proxy.Config) {
+		cfg.RegEvent.Enabled, p.subscribes = true, true
+		stored(tb)(p, cfg)
+		p.reconciler = survive.NewReconciler(survive.ReconcilerConfig{
+			Books: books{p}, Backend: used{books: books{p}}, Store: p.db, Writer: p.writer, Log: slog.New(slog.DiscardHandler),
+		})
+	}
+}
+
+// stored has a store alone.
+func stored(tb testing.TB) func(*population, *proxy.Config) {
+	return func(p *population, cfg *proxy.Config) {
+		ctx := tb.Context()
+		var err error
+		if p.db, err = bolt.Open(ctx, filepath.Join(tb.TempDir(), "store"), bolt.OpenOptions{Key: make(ims.Key, 32)}); err != nil {
+			tb.Fatal(err)
+		}
+		p.writer = store.NewWriter(store.WriterConfig{Store: p.db, Stored: []uint64{}})
+		cfg.Store = p.writer
+		tb.Cleanup(func() {
+			if err := errors.Join(p.writer.Close(context.Background()), p.db.Close()); err != nil {
+				tb.Error(err)
+			}
+		})
+	}
+}
+
+// books are those of the only worker, whose loop stands while the reconciler asks.
+type books struct{ *population }
+
+// Sets implements survive.Books.
+func (b books) Sets(context.Context) (sets, clear map[uint64]bool, err error) {
+	sets = make(map[uint64]bool)
+	b.w.Table().Each(func(u *registrar.UE) bool {
+		for _, s := range u.Sets {
+			sets[s.ID] = s.Kept()
+		}
+		return true
+	})
+	return sets, nil, nil
+}
+
+// Mend implements survive.Books: nothing gets lost.
+func (b books) Mend(id uint64, _ sa.Counters) { b.tb.Errorf("set %#x is missing", id) }
+
+// used is a backend all of whose SAs have carried packets.
+type used struct {
+	sa.Backend
+	books books
+}
+
+// Survey implements sa.Backend.
+func (u used) Survey(ctx context.Context) (sa.Survey, error) {
+	sets, _, err := u.books.Sets(ctx)
+	found := sa.Survey{Sets: make(map[uint64]sa.Counters, len(sets))}
+	for id := range sets {
+		found.Sets[id] = sa.Counters{1, 1, 1, 1}
+	}
+	return found, err
+}
+
+// flush waits until the store has everything, and has the reconciler look at it.
+func (p *population) flush() {
+	if p.writer == nil {
+		return
+	}
+	if err := p.writer.Flush(p.tb.Context()); err != nil {
+		p.tb.Fatal(err)
+	}
+	if p.reconciler == nil {
+		return
+	}
+	if err := p.reconciler.Round(p.tb.Context()); err != nil {
+		p.tb.Fatal(err)
+	}
+	if found, _, _, _ := p.reconciler.Stats(); found != (survive.Differences{}) {
+		p.tb.Fatalf("reconciler: %v", found)
+	}
+}
+
 // newPopulation makes the worker. change, which may be nil, is the hook for what else is to be measured: it sees the
 // configuration before the worker is made.
-func newPopulation(tb testing.TB, inst sa.Installer, sink netip.AddrPort, change func(*proxy.Config)) *population {
+func newPopulation(tb testing.TB, inst sa.Installer, sink netip.AddrPort, change func(*population, *proxy.Config)) *population {
 	tb.Helper()
 	key, err := proxy.NewTokenKey()
 	if err != nil {
@@ -151,12 +246,12 @@ func newPopulation(tb testing.TB, inst sa.Installer, sink netip.AddrPort, change
 		Mw: []netip.Addr{local}, MwPort: 5060, MwTransport: ims.UDP, NextHops: []ims.Hop{{Addr: sink, Transport: ims.UDP}},
 		PendingMax: 20000, PendingSource: 32, RegisterTimeout: 32 * time.Second, TokenKey: key, SPIFirst: 1 << 28, SPILast: 1<<32 - 1,
 	}
-	if change != nil {
-		change(cfg)
-	}
 	p := &population{
 		tb: tb, local: local, eg: &memory{now: time.Unix(1.8e9, 0), wake: make(chan struct{}, 1)},
 		core: ims.Flow{Local: netip.AddrPortFrom(local, 5060), Remote: sink, Transport: ims.UDP, Side: ims.Mw},
+	}
+	if change != nil {
+		change(p, cfg)
 	}
 	if p.w, err = proxy.New(cfg, 0, inst, observe.New(1), slog.New(slog.DiscardHandler)); err != nil {
 		tb.Fatal(err)
@@ -244,6 +339,7 @@ func (p *population) batch(k int) (cpu time.Duration) {
 	from := p.first
 	p.first += k
 	in, out := make([][]byte, k), make([][]byte, k)
+	each := 1 // messages that a step makes for each phone
 	step := func(posts int, flow func(n int) ims.Flow) {
 		p.eg.reset()
 		began := cpuTime(p.tb)
@@ -252,11 +348,11 @@ func (p *population) batch(k int) (cpu time.Duration) {
 		}
 		p.eg.settle(posts)
 		cpu += cpuTime(p.tb) - began
-		if len(p.eg.ends) != k {
+		if len(p.eg.ends) != k*each {
 			p.tb.Fatalf("%d messages for %d phones: %s", len(p.eg.ends), k, p.eg.sent)
 		}
 		for i := range out {
-			out[i] = p.eg.message(i)
+			out[i] = p.eg.message(i * each)
 		}
 	}
 	core := func(int) ims.Flow { return p.core }
@@ -282,13 +378,59 @@ func (p *population) batch(k int) (cpu time.Duration) {
 	for i := range in {
 		in[i] = p.answer(out[i], "200 OK", p.granted(from+i))
 	}
+	if p.subscribes {
+		each = 2
+	}
 	step(0, core)
 	for _, b := range out {
 		if !bytes.HasPrefix(b, []byte("SIP/2.0 200 ")) {
 			p.tb.Fatalf("%s", b)
 		}
 	}
+	if p.subscribes {
+		subscribes := make([][]byte, k)
+		for i := range subscribes {
+			subscribes[i] = bytes.Clone(p.eg.message(2*i + 1))
+		}
+		p.notify(from, subscribes)
+	}
 	return cpu
+}
+
+// notify has the core answer the SUBSCRIBEs for phones from first on, and tell the state of their registrations.
+func (p *population) notify(first int, subscribes [][]byte) {
+	p.tb.Helper()
+	var m sipmsg.Msg
+	for i, b := range subscribes {
+		if err := m.Scan(b); err != nil || m.Method() != sipmsg.MethodSubscribe {
+			p.tb.Fatalf("%v: %s", err, b)
+		}
+		core := "<sip:" + p.core.Remote.String() + ">"
+		from, to := string(m.Get(sipmsg.From)), string(m.Get(sipmsg.To))
+		target, err := sipmsg.ParseNameAddr(m.Get(sipmsg.Contact))
+		if err != nil {
+			p.tb.Fatal(err)
+		}
+		accepted := bytes.Replace(p.answer(b, "200 OK", "Contact: "+core+"\r\nExpires: 600600\r\n"),
+			[]byte("To: "+to), []byte("To: "+to+";tag=as1c2e3f70"), 1)
+		a, user := benchAddr(first+i).String(), fmt.Sprintf("00101%010d", first+i)
+		body := `<?xml version="1.0"?><reginfo xmlns="urn:ietf:params:xml:ns:reginfo" version="0" state="full">`
+		for j, aor := range []string{"sip:+" + user + "@" + benchDomain, "tel:+" + user} {
+			body += fmt.Sprintf(`<registration aor="%s" id="r%08x" state="active"><contact id="c%08x" state="active" event="registered">`+
+				`<uri>sip:%s@%s:31001</uri></contact></registration>`, aor, 2*i+j, 2*i+j, user, a)
+		}
+		body += `</reginfo>`
+		told := "NOTIFY " + string(target.URI) + " SIP/2.0\r\nVia: SIP/2.0/UDP " + p.core.Remote.String() + ";branch=z9hG4bKn" + user +
+			"\r\nMax-Forwards: 70\r\nFrom: " + to + ";tag=as1c2e3f70\r\nTo: " + from + "\r\nCall-ID: " + string(m.Get(sipmsg.CallID)) +
+			"\r\nCSeq: 1 NOTIFY\r\nContact: " + core + "\r\nEvent: reg\r\nSubscription-State: active;expires=600600\r\n" +
+			"Content-Type: application/reginfo+xml\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n" + body
+		p.eg.reset()
+		p.w.Message(p.core, accepted)
+		p.w.Message(p.core, []byte(told))
+		if len(p.eg.ends) != 1 || !bytes.HasPrefix(p.eg.sent, []byte("SIP/2.0 200 ")) {
+			p.tb.Fatalf("NOTIFY was not taken: %s", p.eg.sent)
+		}
+	}
 }
 
 // grow registers phones until there are n, and lets pass the time for which answers are kept, unless fresh.
@@ -356,20 +498,28 @@ var benchCore = netip.MustParseAddrPort("127.0.0.1:5070")
 
 // BenchmarkRegistration measures the CPU time of a whole registration in gmgate: SM1 and its 401, SM7 and its 200, four SAs,
 // without the sockets. It is taken in turn with what a full parse and print of the same four messages costs, which is the
-// ratio. "worker" has a backend that keeps nothing; "userspace" the real one with its SA table and key schedules.
+// ratio. "worker" has a backend that keeps nothing; "userspace" the real one with its SA table and key schedules; "+store" adds
+// what it costs to keep the registration, in batches of 1000 changes: as many as the daemon writes at once when it is busy.
 func BenchmarkRegistration(b *testing.B) {
 	for _, tt := range []struct {
 		name    string
 		backend func(*testing.B) sa.Installer
-		change  func(*proxy.Config)
+		stored  bool
 	}{
-		{"worker", func(b *testing.B) sa.Installer { return newAcker(b) }, nil},
-		{"userspace", userspaceBackend, nil},
+		{"worker", func(b *testing.B) sa.Installer { return newAcker(b) }, false},
+		{"userspace", userspaceBackend, false},
+		{"userspace+store", userspaceBackend, true},
 	} {
 		b.Run(tt.name, func(b *testing.B) {
-			const rounds, size = 5, 250
-			p := newPopulation(b, tt.backend(b), benchCore, tt.change)
+			const rounds, size = 5, 500
+			var change func(*population, *proxy.Config)
+			if tt.stored {
+				change = stored(b)
+			}
+			p := newPopulation(b, tt.backend(b), benchCore, change)
 			p.batch(size) // warm up
+			p.pass(time.Second)
+			p.flush()
 			messages := p.conversation()
 			n := max(b.N/rounds, size)
 			var ours, reference []float64
@@ -379,7 +529,12 @@ func BenchmarkRegistration(b *testing.B) {
 				done := 0
 				for ; done < n; done += size {
 					cpu += p.batch(size)
+					began := cpuTime(b)
 					p.pass(time.Second)
+					p.flush()
+					if tt.stored {
+						cpu += cpuTime(b) - began
+					}
 				}
 				ours = append(ours, float64(cpu.Nanoseconds())/float64(done)/1e3)
 				began := cpuTime(b)
@@ -420,7 +575,8 @@ func parseAndPrint(b *testing.B, messages []string) {
 }
 
 // BenchmarkHeapPerUE measures the Go heap of a registered UE in the worker: at once, while the transactions are kept for
-// retransmissions, and after their time, when they have registered at the pace of one a second.
+// retransmissions, and after their time, when they have registered at the pace of one a second. "whole" counts what else
+// is kept of it: its subscription to the registration state, and what store and reconciler note.
 func BenchmarkHeapPerUE(b *testing.B) {
 	const phones = 5000
 	heap := func() float64 {
@@ -430,27 +586,32 @@ func BenchmarkHeapPerUE(b *testing.B) {
 		runtime.ReadMemStats(&m)
 		return float64(m.HeapAlloc)
 	}
-	measure := func(unit string, register func(*population)) {
-		p := newPopulation(b, newAcker(b), benchCore, nil)
+	measure := func(unit string, change func(*population, *proxy.Config), register func(*population)) {
+		p := newPopulation(b, newAcker(b), benchCore, change)
 		p.batch(1) // what the first one makes for all
+		p.pass(time.Second)
+		p.flush()
 		p.eg.sent, p.eg.ends = nil, nil
 		before := heap()
 		register(p)
+		p.flush()
 		p.eg.sent, p.eg.ends = nil, nil
 		b.ReportMetric((heap()-before)/phones, unit)
 		if n := p.w.Table().UEs(); n != phones+1 {
 			b.Fatalf("%d phones are registered", n)
 		}
 	}
+	slowly := func(p *population) {
+		for range phones / 100 { // one a second or so
+			p.batch(100)
+			p.pass(2 * time.Minute)
+		}
+		p.pass(time.Minute)
+	}
 	for b.Loop() {
-		measure("B/UE-at-once", func(p *population) { p.grow(phones+1, true) })
-		measure("B/UE", func(p *population) {
-			for range phones / 100 { // one a second or so
-				p.batch(100)
-				p.pass(2 * time.Minute)
-			}
-			p.pass(time.Minute)
-		})
+		measure("B/UE-at-once", nil, func(p *population) { p.grow(phones+1, true) })
+		measure("B/UE", nil, slowly)
+		measure("B/UE-whole", whole(b), slowly)
 	}
 	b.ReportMetric(0, "ns/op")
 }
