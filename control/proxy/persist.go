@@ -77,21 +77,23 @@ func (w *Worker) restoreUE(k *KeptUE) error {
 	for i := range k.Sets {
 		r := &k.Sets[i]
 		s := &registrar.Set{
-			Params: r.Params(w.eg.Now()), Phase: r.Phase, Serial: r.Serial, ServerText: r.ServerText,
-			ClientText: r.ClientText, CallID: r.CallID, IMPU: r.IMPU, Over: byID[r.Over], OverTCP: r.OverTCP, Used: r.Used,
+			Params: r.Params(w.eg.Now()), Phase: r.Phase, Serial: r.Serial, Over: byID[r.Over], OverTCP: r.OverTCP, Used: r.Used,
 			Deadline: r.Deadline, Clear: r.Clear,
 		}
 		u.Clear = r.Clear
 		if !s.Clear {
-			w.apply(s, w.rules.Match(policy.Request{Realm: domainOf(r.IMPU), IMPI: u.IMPI, Source: u.Addr}))
+			w.apply(s, w.rules.Match(policy.Request{Realm: domainOf(k.identity(r)), IMPI: u.IMPI, Source: u.Addr}))
 		}
 		r.Keys.Zero() // Params has made a copy
 		s.Label, s.Counters = label(w.id, u.Index), r.Counters
-		if _, err := parseAgreement(s.ServerText); err != nil {
-			return fmt.Errorf("read Security-Server of set %#x: %w", r.ID, err)
-		}
-		if _, err := parseAgreement(s.ClientText); err != nil {
-			return fmt.Errorf("read Security-Client of set %#x: %w", r.ID, err)
+		if s.Phase == sa.Temporary {
+			if _, err := parseAgreement(r.ServerText); err != nil {
+				return fmt.Errorf("read Security-Server of set %#x: %w", r.ID, err)
+			}
+			if _, err := parseAgreement(r.ClientText); err != nil {
+				return fmt.Errorf("read Security-Client of set %#x: %w", r.ID, err)
+			}
+			s.Agreement = &registrar.Agreement{Server: r.ServerText, Client: r.ClientText, CallID: r.CallID, IMPU: r.IMPU}
 		}
 		byID[r.ID], removing[s] = s, r.Removing
 		u.Sets = append(u.Sets, s)
@@ -107,6 +109,15 @@ func (w *Worker) restoreUE(k *KeptUE) error {
 	w.assertIdentities(u)
 	w.setServiceRoute(u, k.ServiceRoute)
 	return nil
+}
+
+// identity is the public identity that a set was made for, as far as that is known: once a set is confirmed, the first one
+// of the UE.
+func (k *KeptUE) identity(s *store.Set) string {
+	if s.IMPU == "" && len(k.Bindings) > 0 {
+		return k.Bindings[0].IMPU
+	}
+	return s.IMPU
 }
 
 func label(worker int, index uint32) uint32 { return uint32(worker)<<24 | index } //nolint:gosec // at most 256 workers
@@ -136,8 +147,10 @@ func (j journal) KeepSet(s *registrar.Set) {
 		ID: s.ID, Worker: uint16(j.w.id), UE: s.UE.Index, Label: s.Label, Serial: s.Serial, //nolint:gosec // at most 256 workers
 		IMPI: s.UE.IMPI, Addr: s.Params.UE, Local: s.Local, Ports: s.Ports, SPIs: s.SPIs, Keys: s.Keys,
 		Phase: s.Phase, Deadline: s.Deadline, Hard: s.HardLimit(), Counters: s.Counters,
-		ServerText: s.ServerText, ClientText: s.ClientText, CallID: s.CallID, IMPU: s.IMPU,
 		OverTCP: s.OverTCP, Used: s.Used, Removing: s.Dropped(), Emergency: s.UE.Emergency, Clear: s.Clear,
+	}
+	if a := s.Agreement; a != nil {
+		r.ServerText, r.ClientText, r.CallID, r.IMPU = a.Server, a.Client, a.CallID, a.IMPU
 	}
 	if s.Over != nil {
 		r.Over = s.Over.ID

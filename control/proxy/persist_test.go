@@ -165,8 +165,12 @@ func describe(u *registrar.UE, now time.Time) string {
 		if u.Current == s {
 			current = "current"
 		}
-		line(s.Phase.String(), s.SPIs.PS.String(), s.SPIs.PC.String(), s.SPIs.UC.String(), s.SPIs.US.String(), s.ServerText, s.ClientText, s.CallID,
-			s.IMPU, over, current, s.Deadline.Sub(now).Round(time.Second).String(), s.Keys.Suite.String())
+		var agreed registrar.Agreement
+		if s.Agreement != nil {
+			agreed = *s.Agreement
+		}
+		line(s.Phase.String(), s.SPIs.PS.String(), s.SPIs.PC.String(), s.SPIs.UC.String(), s.SPIs.US.String(), agreed.Server, agreed.Client,
+			agreed.CallID, agreed.IMPU, over, current, s.Deadline.Sub(now).Round(time.Second).String(), s.Keys.Suite.String())
 	}
 	return b.String()
 }
@@ -184,9 +188,9 @@ func TestWhatIsKept(t *testing.T) {
 	if len(s.Sets) != 1 || len(s.Registrations) != 1 || s.Registrations[0].Current != s.Sets[0].ID {
 		t.Fatalf("%d sets, %d registrations", len(s.Sets), len(s.Registrations))
 	}
-	if got := s.Sets[0]; got.ClientText != p.securityClient || got.Keys.Suite.String() != "hmac-sha-1-96=aes-cbc" ||
+	if got := s.Sets[0]; got.ClientText+got.ServerText+got.CallID+got.IMPU != "" || got.Keys.Suite.String() != "hmac-sha-1-96=aes-cbc" ||
 		got.Hard.Sub(got.Deadline) != time.Minute || got.Used {
-		t.Errorf("%+v", got.ServerText)
+		t.Errorf("of a confirmed set %q, %q are kept, %s", got.ServerText, got.ClientText, got.Keys.Suite)
 	}
 	k.one(p.protectedFlow, p.message())
 	if s = k.snapshot(); !s.Sets[0].Used {

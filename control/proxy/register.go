@@ -61,7 +61,7 @@ type regTx struct {
 	foreign    bool // over the set of the emergency registration, or an emergency one over another set
 
 	offer    *secagree.Offer // chosen mechanism; nil without Security-Client
-	client   string          // Security-Client as in registrar.Set
+	client   string          // Security-Client as in registrar.Agreement
 	replaced bool            // a newer REGISTER of the same UE is under way: its 401 must not make SAs
 
 	req   []byte // as received, to answer it
@@ -222,7 +222,8 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		return tx
 	}
 	tx.client = w.agreement(sipmsg.SecurityClient)
-	known := s != nil && tx.client != "" && tx.client == s.ClientText && tx.emergency == s.UE.Emergency // then it is what Parse and Select have accepted
+	// What SM7 repeats octet by octet is what Parse and Select have accepted.
+	known := s != nil && s.Phase == sa.Temporary && tx.client != "" && tx.client == s.Agreement.Client && tx.emergency == s.UE.Emergency
 	var client secagree.List
 	if !known {
 		if client, err = parseAgreement(tx.client); err != nil {
@@ -247,7 +248,7 @@ func (w *Worker) admit(f ims.Flow, s *registrar.Set, via *sipmsg.ViaParm) *regTx
 		}
 		// RFC 3329 §2.3.1: the client must use the security agreement.
 		return refuse(421, "Extension Required", warning, why, "Require: sec-agree\r\n", bareServer(tx.policy.Suites))
-	case hasClient && s != nil && (s.Phase == sa.Temporary || !tx.foreign && sameAgreement(s.ClientText, tx.client) == nil):
+	case hasClient && s != nil && (s.Phase == sa.Temporary || !tx.foreign && inForce(s, client, tx.policy.Suites)):
 		// SM7, once or again, or a refresh that repeats the agreement in force: nothing new to agree on.
 	case hasClient:
 		if !w.choose(tx, client, refuse) {
@@ -353,23 +354,24 @@ func (w *Worker) checkProtected(tx *regTx, s *registrar.Set, via *sipmsg.ViaParm
 	}
 	tx.emergency = s.UE.Emergency
 	code, phrase := w.cfg.StatusVerify, statusPhrase(w.cfg.StatusVerify)
-	server := "Security-Server: " + s.ServerText + "\r\n"
-	if err := sameAgreement(s.ServerText, w.agreement(sipmsg.SecurityVerify)); err != nil {
+	agreed := s.Agreement
+	server := "Security-Server: " + agreed.Server + "\r\n"
+	if err := sameAgreement(agreed.Server, w.agreement(sipmsg.SecurityVerify)); err != nil {
 		w.obs.VerifyMismatch()
 		refuse(code, phrase, "Security-Verify: "+err.Error(), observe.ReasonVerifyMismatch, server)
 		w.table.Drop(s, answerGrace)
 		return false
 	}
-	if err := sameAgreement(s.ClientText, tx.client); err != nil {
+	if err := sameAgreement(agreed.Client, tx.client); err != nil {
 		refuse(code, phrase, "Security-Client: "+err.Error(), observe.ReasonClientMismatch, server)
 		w.table.Drop(s, answerGrace)
 		return false
 	}
-	if tx.callID != s.CallID {
+	if tx.callID != agreed.CallID {
 		refuse(400, "Bad Request", "Call-ID: not that of the challenged REGISTER", observe.ReasonClientMismatch)
 		return false
 	}
-	if tx.impu != s.IMPU {
+	if tx.impu != agreed.IMPU {
 		refuse(403, "Forbidden", "To: not the identity of the challenged REGISTER", observe.ReasonNotOwner)
 		return false
 	}
@@ -444,6 +446,13 @@ func sameAgreement(known, repeated string) error {
 		return err
 	}
 	return secagree.Equal(have, got)
+}
+
+// inForce reports whether an offer repeats the agreement of an established set: the SPIs and ports that it leads to are
+// those of the set, so it asks for no other one.
+func inForce(s *registrar.Set, client secagree.List, suites []ims.Suite) bool {
+	o, err := secagree.Select(client, suites)
+	return err == nil && o.SPIC == s.SPIs.UC && o.SPIS == s.SPIs.US && o.PortC == s.Ports.UC && o.PortS == s.Ports.US
 }
 
 // requires reports whether Require or Proxy-Require holds an option tag.
@@ -817,9 +826,8 @@ func (w *Worker) challenged(tx *regTx) {
 		server.Suites = secagree.ServerSuites(tx.offer.Suite, tx.policy.Suites, client, true)
 	}
 	w.text = server.Append(w.text[:0])
-	s.ServerText = string(w.text)
-	s.ClientText, s.CallID, s.IMPU = tx.client, tx.callID, tx.impu
-	w.e.Insert(at, "Security-Server: ", s.ServerText, "\r\n")
+	*s.Agreement = registrar.Agreement{Server: string(w.text), Client: tx.client, CallID: tx.callID, IMPU: tx.impu}
+	w.e.Insert(at, "Security-Server: ", s.Agreement.Server, "\r\n")
 	if !w.finish() {
 		w.table.Drop(s, 0)
 		return
@@ -1013,9 +1021,6 @@ func sameContact(a, b string) bool {
 // learn stores what the 200 says about the user (TS 24.229 §5.2.2.2).
 func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 	u.Contact = tx.contact
-	if tx.over != nil && tx.over.IMPU == tx.impu {
-		tx.impu = tx.over.IMPU // one string for both
-	}
 	u.Bind(registrar.Binding{IMPU: tx.impu, Associated: w.uris(sipmsg.PAssociatedURI)})
 	w.assertIdentities(u)
 	routes := w.uris(sipmsg.ServiceRoute)

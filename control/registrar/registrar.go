@@ -209,13 +209,10 @@ type Set struct {
 	Phase  sa.Phase
 	Serial uint8 // distinguishes the live sets of one UE in flow tokens
 
-	ServerText string // Security-Server as sent in SM6
-	ClientText string // Security-Client of SM1, rows joined by a newline
-	CallID     string // of SM1
-	IMPU       string // of SM1
-	Over       *Set   // the set which SM1 came over; nil: it came in clear
-	OverTCP    bool   // SM7 came over TCP: so do requests to the UE
-	Used       bool   // a message other than SM7 came in on it
+	Agreement *Agreement // what SM7 has to repeat; nil once the set is confirmed
+	Over      *Set       // the set which SM1 came over; nil: it came in clear
+	OverTCP   bool       // SM7 came over TCP: so do requests to the UE
+	Used      bool       // a message other than SM7 came in on it
 
 	// What the operator's policy says of the traffic; the zero values are the rules of TS 33.203.
 	Requests        ims.Transport // of requests to the UE
@@ -232,6 +229,14 @@ type Set struct {
 	removing bool          // told to go, waiting for its grace
 	kept     bool          // by the journal
 	began    time.Time
+}
+
+// Agreement is how a security agreement was made, for the comparison with what SM7 says of it (RFC 3329 §2.3.1).
+type Agreement struct {
+	Server string // Security-Server as sent in SM6
+	Client string // Security-Client of SM1, rows joined by a newline
+	CallID string // of SM1
+	IMPU   string // of SM1
 }
 
 // Dropped reports whether the set was told to go.
@@ -528,7 +533,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	}
 	t.nextID++
 	s := &Set{
-		UE: u, Phase: sa.Reserved, await: await, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over, began: t.now(),
+		UE: u, Phase: sa.Reserved, Agreement: new(Agreement), await: await, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over, began: t.now(),
 		Params: sa.Params{
 			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
 			Local: o.Local, UE: o.UE,
@@ -676,7 +681,7 @@ func (s *Set) tupleB() tuple {
 // Confirm turns a temporary set into the established one after the 200 to SM7 (TS 24.229 §5.2.2.2). When SM1 had come
 // over another set, that one becomes old and goes on carrying requests to the UE until the new one is used; every other
 // set of the UE goes. When SM1 had come in clear the new set is used at once. life is the registration's expiry plus the
-// margin; a longer life of the set before wins.
+// margin; a longer life of the set before wins. The Agreement has served.
 func (t *Table) Confirm(s *Set, life time.Duration) {
 	u := s.UE
 	t.register(u, Accepted)
@@ -689,7 +694,7 @@ func (t *Table) Confirm(s *Set, life time.Duration) {
 	if prev != nil && (prev.Phase != sa.Established && prev.Phase != sa.Old || prev.removing) {
 		prev = nil
 	}
-	s.removing = false
+	s.removing, s.Agreement = false, nil
 	t.happen(s, sa.Confirmed) // first: what waits for an older set finds this one
 	for _, o := range slices.Clone(u.Sets) {
 		if o != s && o != prev {

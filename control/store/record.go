@@ -48,16 +48,18 @@ type Set struct {
 	Hard     time.Time // when the backend removes the set by itself; zero: never
 	Counters sa.Counters
 
+	// What SM7 has to repeat. Empty once the set is confirmed.
 	ServerText string // Security-Server as sent in SM6
 	ClientText string // Security-Client as received in SM1, one header row per line
 	CallID     string // of SM1
 	IMPU       string // of SM1
-	Over       uint64 // id of the set which SM1 came over; zero: it came in clear
-	OverTCP    bool   // SM7 came over TCP
-	Used       bool   // a message other than SM7 came in on it
-	Removing   bool   // told to go, waiting for its deadline
-	Emergency  bool   // made by an emergency registration (TS 24.229 §5.2.10)
-	Clear      bool   // an address association without SAs (TS 24.229 §5.2.2.3): no suite, no keys, no SPIs
+
+	Over      uint64 // id of the set which SM1 came over; zero: it came in clear
+	OverTCP   bool   // SM7 came over TCP
+	Used      bool   // a message other than SM7 came in on it
+	Removing  bool   // told to go, waiting for its deadline
+	Emergency bool   // made by an emergency registration (TS 24.229 §5.2.10)
+	Clear     bool   // an address association without SAs (TS 24.229 §5.2.2.3): no suite, no keys, no SPIs
 }
 
 // Params returns what a backend needs to install the set again, or to adopt it. A hard limit in the past becomes a
