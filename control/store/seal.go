@@ -27,13 +27,24 @@ var errSeal = errors.New("sealed value does not open: damaged, moved from anothe
 // values at most before random nonces are likely enough to meet (NIST SP 800-38D §8.3): a busy gateway that seals
 // every change of a set would be there within months.
 //
+// What is sealed shares its derived key with sealsPerKey others, each under a random nonce of GCM's: the derivation and the
+// key schedule cost more than to seal a record.
+//
 // Safe for concurrent use.
 type sealer struct {
 	mu    sync.RWMutex
 	key   ims.Key // nil once closed
 	block cipher.Block
 	k1    [aes.BlockSize]byte // subkey of CMAC, NIST SP 800-38B §6.1
+
+	sealing sync.Mutex
+	prefix  [12]byte    // of the nonces that seal writes now
+	current cipher.AEAD // for them; nil once closed, and before the first one
+	left    int         // how often it may still be used
 }
+
+// sealsPerKey is how many values are sealed under one derived key: far below the 2^32 of NIST SP 800-38D §8.3.
+const sealsPerKey = 1 << 16
 
 func newSealer(key ims.Key) (*sealer, error) {
 	if len(key) != KeySize {
@@ -86,14 +97,34 @@ func (s *sealer) aead(nonce []byte) (cipher.AEAD, error) {
 // have room for the tag, or the clear text would stay behind in the old array.
 func (s *sealer) seal(b []byte, from int, ad []byte) ([]byte, error) {
 	nonce := b[from-nonceSize : from]
-	if _, err := rand.Read(nonce); err != nil {
-		return nil, fmt.Errorf("make nonce: %w", err)
-	}
-	aead, err := s.aead(nonce)
+	aead, err := s.next(nonce)
 	if err != nil {
 		return nil, err
 	}
 	return aead.Seal(b[:from], nonce[12:], b[from:], ad), nil
+}
+
+// next makes the nonce of a new value, and returns GCM under the key for it.
+func (s *sealer) next(nonce []byte) (cipher.AEAD, error) {
+	if _, err := rand.Read(nonce); err != nil {
+		return nil, fmt.Errorf("make nonce: %w", err)
+	}
+	s.sealing.Lock()
+	defer s.sealing.Unlock()
+	if s.left == 0 {
+		aead, err := s.aead(nonce)
+		if err != nil {
+			return nil, err
+		}
+		s.current, s.left = aead, sealsPerKey
+		copy(s.prefix[:], nonce)
+	}
+	if s.current == nil {
+		return nil, ErrClosed
+	}
+	s.left--
+	copy(nonce, s.prefix[:])
+	return s.current, nil
 }
 
 // open returns the clear text of nonce, cipher text and tag in new memory.
@@ -114,6 +145,9 @@ func (s *sealer) open(b, ad []byte) ([]byte, error) {
 
 // close zeroes the key and drops the schedule made from it.
 func (s *sealer) close() {
+	s.sealing.Lock() // before mu, as next does
+	defer s.sealing.Unlock()
+	s.current = nil
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.key.Zero()

@@ -46,7 +46,8 @@ type WriterConfig struct {
 // lock for the time of a map access, which the writing goroutine holds only to take or give back one batch.
 //
 // The last change of a key wins. What is pending is bounded by the number of keys, however long the store is down: one
-// change per live set and registration, one mark per set, and one delete per set that the store may hold.
+// change per live set and registration, one mark per set, and one delete per set that the store may hold. Of what is not
+// pending it keeps the ids of stored sets only.
 type Writer struct {
 	cfg    WriterConfig
 	ctx    context.Context // of the store's calls; ended by a Close that runs out of time
@@ -55,8 +56,9 @@ type Writer struct {
 	done   chan struct{}
 
 	mu       sync.Mutex
-	entries  map[entryKey]*entry
-	head     entry // ring of what is pending, oldest first
+	entries  map[entryKey]*entry // what is pending or in flight
+	stored   map[uint64]struct{} // sets that the store may hold; nil: unknown
+	head     entry               // ring of what is pending, oldest first
 	pending  int
 	inFlight int
 	changes  uint64 // submitted so far
@@ -75,14 +77,13 @@ type entryKey struct {
 	id     uint64
 }
 
-// entry is a key with its change. Those of sets stay while the store may hold the set, if that is tracked.
+// entry is a key with its change.
 type entry struct {
 	key        entryKey
 	change     any // *Set, deletion, *Registration, Freed or Mark; nil when nothing is pending
 	prev, next *entry
 	first      uint64    // number of the oldest change in it
 	since      time.Time // when that came
-	stored     bool      // the store may hold the set
 }
 
 // deletion is the change that deletes a set.
@@ -117,9 +118,12 @@ func NewWriter(cfg WriterConfig) *Writer {
 	w := &Writer{cfg: cfg, wake: make(chan struct{}, 1), done: make(chan struct{}), entries: make(map[entryKey]*entry)}
 	w.ctx, w.cancel = context.WithCancel(context.Background())
 	w.head.prev, w.head.next = &w.head, &w.head
-	for _, id := range cfg.Stored {
-		k := entryKey{kind: KindSet, id: id}
-		w.entries[k] = &entry{key: k, stored: true}
+	if cfg.Stored != nil {
+		w.stored = make(map[uint64]struct{}, len(cfg.Stored))
+		for _, id := range cfg.Stored {
+			w.stored[id] = struct{}{}
+		}
+		w.cfg.Stored = nil
 	}
 	go w.run()
 	return w
@@ -238,7 +242,7 @@ func (w *Writer) submit(k entryKey, change any) error {
 			w.unlink(m)
 			w.release(m)
 		}
-		if w.cfg.Stored != nil && (e == nil || !e.stored) { // the store never heard of it
+		if _, stored := w.stored[k.id]; w.stored != nil && !stored { // the store never heard of it
 			if e != nil {
 				w.unlink(e)
 				w.release(e)
@@ -294,7 +298,7 @@ func (w *Writer) unlink(e *entry) {
 
 // release drops an entry that has nothing to tell any more.
 func (w *Writer) release(e *entry) {
-	if e.change == nil && (!e.stored || w.cfg.Stored == nil) {
+	if e.change == nil {
 		delete(w.entries, e.key)
 	}
 }
@@ -400,7 +404,9 @@ func (w *Writer) take() (b Batch, flights []flight) {
 		switch c := e.change.(type) {
 		case *Set:
 			b.Sets = append(b.Sets, *c)
-			e.stored = true // perhaps even if the store reports an error
+			if w.stored != nil {
+				w.stored[e.key.id] = struct{}{} // perhaps even if the store reports an error
+			}
 		case deletion:
 			b.DeleteSets = append(b.DeleteSets, e.key.id)
 		case *Registration:
@@ -425,7 +431,7 @@ func (w *Writer) finish(flights []flight) {
 	for _, f := range flights {
 		forget(f.change)
 		if f.change == (deletion{}) {
-			f.e.stored = false
+			delete(w.stored, f.e.key.id)
 		}
 		// The entry may have been released and made anew meanwhile; then this one is nobody's.
 		if w.entries[f.e.key] == f.e {
