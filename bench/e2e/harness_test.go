@@ -222,8 +222,13 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 		f.policies = f.xfrm(t, "policy")
 		t.Logf("kernel before: %d states, %d policies", f.xfrm(t, "state"), f.policies)
 	}
+	linger := time.Duration(0)
+	if slowMachine() { // a phone keeps its old set while the P-CSCF may still use it, which goes with the lifetimes
+		linger = loadTimeout
+	}
 	f.farm, err = ue.NewFarm(ue.FarmConfig{
-		NS: f.lab.UE, Prefixes: []netip.Prefix{lab.PlanOf(false).UEs, lab.PlanOf(true).UEs},
+		OldSetLinger: linger,
+		NS:           f.lab.UE, Prefixes: []netip.Prefix{lab.PlanOf(false).UEs, lab.PlanOf(true).UEs},
 		PCSCF: netip.AddrPortFrom(plan.Gm, lab.PortClear), ESP: setting(envUE, "userspace"), Logger: logger,
 	})
 	check(err)

@@ -29,7 +29,11 @@ const (
 // longer bounds a case with traffic.
 func longer(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), loadTimeout)
+	limit := loadTimeout
+	if slowMachine() {
+		limit *= 2
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	t.Cleanup(cancel)
 	return ctx
 }
