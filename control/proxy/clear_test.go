@@ -390,6 +390,46 @@ func TestNoDowngrade(t *testing.T) {
 	})
 }
 
+// A connection may carry the association of the normal registration and that of the emergency one. Both end with it: its number
+// will be given to another phone's connection.
+func TestBothAssociationsEndWithConnection(t *testing.T) {
+	both := func(order [2]string, first bool) {
+		r := newRig(t, with(allow))
+		f := clearFlow()
+		f.Transport, f.Conn, f.Remote = ims.TCP, 5, netip.AddrPortFrom(ueAddr, 40000)
+		r.l.conns[5] = true
+		var paths []string
+		for i, kind := range order {
+			p := newPhone()
+			p.callID, p.authorization = "both"+kind, credentials
+			contact := "Contact: <sip:001010000000001@10.45.0.7:6300" + kind + ">"
+			req := r.one(f, p.register("b"+string(rune('0'+i)), 40000, append([]string{contact}, plain...)...))
+			if out := r.one(coreFlow(), answerTo(t, req.msg, "200 OK", contact+";expires=3600", granted[1])); status(t, out.msg) != 200 {
+				t.Fatalf("answer:\n%s", out.msg)
+			}
+			paths = append(paths, get(t, req.msg, sipmsg.Path))
+		}
+		if first { // one of them ends before the connection
+			k := registrar.Key{IMPI: impi, Addr: ueAddr, Emergency: order[1] != "", Clear: true}
+			r.w.table.Dissociate(r.w.table.Context(k).Current)
+		}
+		r.w.Closed(5, f) // and another phone gets the number
+		for i, path := range paths {
+			inv := strings.Replace(mtInvite(path, ""), "z9hG4bKs9", "z9hG4bKq"+string(rune('0'+i)), 1)
+			if out := r.one(coreFlow(), inv); out.conn == 5 {
+				t.Errorf("%q first: a request for %q goes on the connection of another phone", order[0], order[i])
+			}
+		}
+		if r.w.table.UEs() != 0 || len(r.w.conns) != 0 {
+			t.Errorf("%q first: %d contexts, %d connections left", order[0], r.w.table.UEs(), len(r.w.conns))
+		}
+	}
+	for _, order := range [][2]string{{"", ";sos"}, {";sos", ""}} {
+		both(order, false)
+		both(order, true)
+	}
+}
+
 // Three workers: one answers that it has no SAs of the identity, gets them, and says so, all before the last one has answered.
 func TestNoDowngradeWhileAsking(t *testing.T) {
 	fleet := new(Fleet)

@@ -227,16 +227,19 @@ func (w *Worker) Bad(_ ims.Flow, _ []byte, _ string) { w.obs.Drop(observe.Reason
 
 // Closed is told that a connection is gone. For a UE this is no de-registration: phones close connections when the
 // radio goes idle.
-func (w *Worker) Closed(c ims.ConnID, _ ims.Flow) {
+func (w *Worker) Closed(c ims.ConnID, f ims.Flow) {
 	if s := w.conns[c]; s != nil {
 		delete(w.conns, c)
-		if s.ConnIn == c {
+		switch {
+		case s.Clear:
+		case s.ConnIn == c:
 			s.ConnIn = 0
-		}
-		if s.ConnOut == c {
+		case s.ConnOut == c:
 			s.ConnOut = 0
 		}
-		w.table.Dissociate(s)
+	}
+	if f.Side == ims.GmClear {
+		w.table.Disconnected(f.Remote.Addr(), c)
 	}
 	if peer, ok := w.mwPeer[c]; ok {
 		delete(w.mwPeer, c)

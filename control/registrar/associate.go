@@ -103,6 +103,16 @@ func (t *Table) Dissociate(s *Set) {
 	}
 }
 
+// Disconnected ends every address association of a connection at once that is gone: that of a normal registration, and that of
+// an emergency one.
+func (t *Table) Disconnected(addr netip.Addr, c ims.ConnID) {
+	for _, s := range slices.Clone(t.byAddr[addr]) {
+		if s.Clear && s.OverTCP && s.ConnIn == c {
+			t.remove(s)
+		}
+	}
+}
+
 // DissociateAll ends every address association of an IMPI at once: it has security associations now, and must not be
 // reached in clear any more.
 func (t *Table) DissociateAll(impi string) {
