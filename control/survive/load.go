@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/gmgate/gmgate/control/ims"
@@ -24,7 +25,10 @@ const installWindow = 1024
 // ErrInstall says that the backend has not installed a set within the time that it had.
 var ErrInstall = errors.New("backend does not answer")
 
-var errNoRegistration = errors.New("its registration is lost")
+var (
+	errNoRegistration = errors.New("its registration is lost")
+	errProtected      = errors.New("the identity has security associations")
+)
 
 // Config is what Load works with.
 type Config struct {
@@ -142,6 +146,23 @@ func (l *loader) pick(snap *store.Snapshot) {
 			continue
 		}
 		l.drop(s.ID)
+	}
+	l.protect()
+}
+
+// protect drops the address associations of identities that have confirmed SAs. The worker that had one was told to end it, but
+// the crash may have been faster.
+func (l *loader) protect() {
+	protected := make(map[string]bool)
+	for i := range l.sets {
+		if s := &l.sets[i]; !s.Clear && (s.Phase == sa.Established || s.Phase == sa.Old) {
+			protected[strings.ToLower(s.IMPI)] = true
+		}
+	}
+	for i := range l.sets {
+		if s := &l.sets[i]; s.Clear && protected[strings.ToLower(s.IMPI)] {
+			l.discard(s, errProtected)
+		}
 	}
 }
 

@@ -508,3 +508,21 @@ func TestRun(t *testing.T) {
 		}
 	})
 }
+
+// A crash may come between an identity's SAs and the end of its address association, which another worker writes: the SAs go
+// on, and nothing of the identity in clear.
+func TestClearSetOfProtected(t *testing.T) {
+	w := newWorld(t, 2)
+	w.install(w.sets[0])
+	s, r := w.sets[1], w.regs[1]
+	s.Clear, s.Keys, s.SPIs = true, ims.ESPKeys{}, ims.SPIs{}
+	s.IMPI, r.IMPI = w.sets[0].IMPI, w.regs[0].IMPI
+	w.apply(store.Batch{Sets: []store.Set{s}, Registrations: []store.Registration{r}})
+	o := w.restart(nil)
+	if ues, sets := count(o); ues != 1 || sets != 1 || o.Adopted != 1 || o.Dropped != 1 {
+		t.Errorf("%d UEs with %d sets go on: %+v", ues, sets, o)
+	}
+	if ids := w.stored(); !slices.Equal(ids, []uint64{w.sets[0].ID}) {
+		t.Errorf("stored: %x", ids)
+	}
+}
