@@ -506,3 +506,37 @@ func TestRestartWithoutStore(t *testing.T) {
 		})
 	}
 }
+
+// TestRestartOtherBackend: the operator moves a busy daemon from the kernel's ESP to that in user space. The kernel's SAs go,
+// so that it does not open and answer the phones' packets beside the daemon, and the registrations go on.
+func TestRestartOtherBackend(t *testing.T) {
+	if backend() != "xfrm" {
+		t.Skip("it begins with the kernel's ESP")
+	}
+	f := start(t, stored(t, fixtureConfig{}))
+	ctx := longer(t)
+	ends := f.crowd(ctx, t, 4)
+	f.toNetwork(ctx, t, ends)
+	if !eventually(ctx, caseTimeout, func() bool { return f.metric(ctx, t, "store_pending_changes") == 0 }) {
+		t.Fatal("the store does not get what has changed")
+	}
+	if err := f.daemon.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if n := f.xfrm(t, "state"); n != 4*len(ends) {
+		t.Fatalf("%d states are left to the next run, want %d", n, 4*len(ends))
+	}
+	d, err := f.lab.StartDaemon(ctx, binary(t), strings.Replace(f.config, "backend: xfrm", "backend: userspace", 1), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.daemon = d
+	if n := f.xfrm(t, "state"); n != 0 {
+		t.Errorf("%d states are in the kernel beside those in user space", n)
+	}
+	f.fromNetwork(ctx, t, ends, time.Now())
+	f.toNetwork(ctx, t, ends)
+	if n := f.restored(ctx, t, "reinstalled"); n != len(ends) {
+		t.Errorf("%d SA sets reinstalled, want %d", n, len(ends))
+	}
+}

@@ -65,10 +65,7 @@ func cannotUse(s *xfrm.Support, cfg *config.Config) string {
 }
 
 func openKernel(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger, reason string) (*backend, error) {
-	b, err := xfrm.New(xfrm.Config{
-		Local: cfg.Gm.Addresses, ServerPorts: cfg.Gm.ServerPorts, ClientPorts: cfg.Gm.ClientPorts,
-		Window: cfg.ESP.ReplayWindow, Logger: log, Expired: fleet.Expired,
-	})
+	b, err := xfrm.New(kernelConfig(cfg, fleet, log))
 	if err != nil {
 		return nil, fmt.Errorf("open ESP backend xfrm: %w", err)
 	}
@@ -81,7 +78,18 @@ func openKernel(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger, reason
 	return k, nil
 }
 
+func kernelConfig(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger) xfrm.Config {
+	return xfrm.Config{
+		Local: cfg.Gm.Addresses, ServerPorts: cfg.Gm.ServerPorts, ClientPorts: cfg.Gm.ClientPorts,
+		Window: cfg.ESP.ReplayWindow, Logger: log, Expired: fleet.Expired,
+	}
+}
+
 func openUserspace(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger, reason string) (*backend, error) {
+	// The run before may have used the kernel and left its SAs for this one.
+	if _, err := xfrm.Sweep(kernelConfig(cfg, fleet, log)); err != nil && !errors.Is(err, xfrm.ErrNoXFRM) {
+		log.Warn("cannot tell whether an earlier run has left SAs in the kernel", "error", err)
+	}
 	b, err := useresp.New(useresp.Config{
 		Local: cfg.Gm.Addresses, Window: cfg.ESP.ReplayWindow, MTU: cfg.ESP.TunMTU, Logger: log, Expired: fleet.Expired,
 	})
