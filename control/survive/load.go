@@ -1,12 +1,14 @@
 package survive
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -286,6 +288,8 @@ func (l *loader) assemble(snap *store.Snapshot) {
 			l.retire(Name{r.Context, r.Gen})
 			continue
 		}
+		// By their ids, and where a phone has come from another worker, whose sets bear its number: the phases tell.
+		slices.SortStableFunc(sets, func(a, b store.Set) int { return cmp.Compare(b.Phase, a.Phase) })
 		u := UE{Registration: *r, Sets: sets}
 		if _, ok := l.live[u.Current]; !ok {
 			u.Current = newest(sets)

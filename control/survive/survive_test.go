@@ -307,6 +307,31 @@ func TestMoved(t *testing.T) {
 	}
 }
 
+// A phone that has come from a worker with a higher number has newer sets with lower ids: what is older stands first all the
+// same.
+func TestOlderFirst(t *testing.T) {
+	w := newWorld(t, 1)
+	older, newer := w.sets[0], w.sets[0].Clone()
+	w.apply(store.Batch{DeleteSets: []uint64{older.ID}})
+	older.ID, older.Phase = 3<<48|9, sa.Old
+	newer.ID, newer.Over, newer.Ports.UC, newer.Ports.PC = 1<<48|12, older.ID, newer.Ports.UC+2, newer.Ports.PC+1
+	newer.SPIs = ims.SPIs{UC: 7000, US: 7001, PC: 1<<28 + 100, PS: 1<<28 + 101}
+	w.regs[0].Current = older.ID
+	w.apply(store.Batch{Sets: []store.Set{older, *newer}, Registrations: w.regs})
+	w.install(older, *newer)
+	o := w.restart(nil)
+	for _, x := range o.Workers {
+		for _, u := range x.UEs {
+			if len(u.Sets) != 2 || u.Sets[0].ID != older.ID || u.Current != older.ID {
+				t.Errorf("%d sets, %#x first, %#x current", len(u.Sets), u.Sets[0].ID, u.Current)
+			}
+		}
+	}
+	if ues, sets := count(o); ues != 1 || sets != 2 {
+		t.Errorf("%d UEs, %d sets", ues, sets)
+	}
+}
+
 // An address association has no SAs to adopt or install.
 func TestClearSet(t *testing.T) {
 	w := newWorld(t, 1)
