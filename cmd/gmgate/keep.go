@@ -143,7 +143,7 @@ func (k *keeper) load(ctx context.Context, cfg *config.Config, shared *proxy.Con
 	}
 	k.log.Info("took over registrations", "ues", ues, "sa_sets_adopted", o.Adopted, "sa_sets_reinstalled", o.Reinstalled,
 		"sa_sets_expired", o.Expired, "sa_sets_dropped", o.Dropped, "orphan_sas_removed", o.Orphans,
-		"moved_to_other_workers", len(o.Moved), "records_lost", o.Faults, "stopped_cleanly", clean,
+		"moved_to_other_workers", o.Relocated, "records_lost", o.Faults, "stopped_cleanly", clean,
 		"took", time.Since(began).Round(time.Millisecond))
 	return nil
 }

@@ -106,6 +106,9 @@ func (w *Worker) restoreUE(k *KeptUE) error {
 		w.table.DissociateAll(u.IMPI)
 		return nil
 	}
+	if len(k.Former) > 0 {
+		w.former[u] = k.Former
+	}
 	w.assertIdentities(u)
 	w.setServiceRoute(u, k.ServiceRoute)
 	return nil
@@ -135,6 +138,7 @@ func (j journal) KeepUE(u *registrar.UE) {
 	if u.Current != nil {
 		r.Current = u.Current.ID
 	}
+	r.Former = j.w.former[u]
 	for _, b := range u.Bindings {
 		r.Bindings = append(r.Bindings, store.Binding(b))
 	}

@@ -291,6 +291,30 @@ func TestRestartContradiction(t *testing.T) {
 	}
 }
 
+// The names that a context had with other workers stay with its record, whatever changes, until it ends.
+func TestFormerNames(t *testing.T) {
+	k := newKeptRig(t)
+	p := k.registered()
+	r := k.snapshot().Registrations[0]
+	r.Former = []store.Freed{{Context: store.Context{Worker: 3, Index: 7}, Gen: 9}}
+	if err := k.store.Apply(t.Context(), store.Batch{Registrations: []store.Registration{r}}); err != nil {
+		t.Fatal(err)
+	}
+	o := k.restart(t, time.Second, false)
+	if now := o.Moved[survive.Name(r.Former[0])]; now != (survive.Name{Context: r.Context, Gen: r.Gen}) {
+		t.Errorf("the former name leads to %+v", now)
+	}
+	k.one(p.protectedFlow, p.message())
+	if snap := k.snapshot(); !snap.Sets[0].Used || !slices.Equal(snap.Registrations[0].Former, r.Former) {
+		t.Errorf("former names after a change: %+v", snap.Registrations[0].Former)
+	}
+	k.cfg.Fleet.Expired(k.w.table.UEOf(impi, ueAddr).Current.ID)
+	k.settle()
+	if k.w.table.UEs() != 0 || len(k.w.former) != 0 {
+		t.Errorf("%d contexts, %d with former names", k.w.table.UEs(), len(k.w.former))
+	}
+}
+
 // The backend says that a set has expired: it is gone here as well, and its phone with it.
 func TestBackendExpires(t *testing.T) {
 	k := newKeptRig(t)

@@ -103,8 +103,11 @@ type Worker struct {
 	wheel *wheel.Wheel
 	table *registrar.Table
 	kept  *Kept // to be restored by Boot
-	inst  sa.Installer
-	spis  *sa.SPIPool
+
+	former map[*registrar.UE][]store.Freed // names of restored contexts with other workers
+
+	inst sa.Installer
+	spis *sa.SPIPool
 
 	m    sipmsg.Msg
 	e    sipmsg.Edit
@@ -157,7 +160,8 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 	w := &Worker{
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
 		mwPort: cfg.MwPort + uint16(id), rules: cfg.Policy, inClear: make(map[uint64]*registrar.UE), asking: make(map[string]*asking),
-		txs: make(map[txKey]*regTx), newest: make(map[registrar.Key]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
+		former: make(map[*registrar.UE][]store.Freed),
+		txs:    make(map[txKey]*regTx), newest: make(map[registrar.Key]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
 		protected: newPendingQueue(),
 		conns:     make(map[ims.ConnID]*registrar.Set),
 		dials:     make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
@@ -403,6 +407,7 @@ func (o setObserver) Unexpected(fsm string, state, event fmt.Stringer) {
 func (o setObserver) AwaitAuthExpired() { o.w.obs.AwaitAuthExpired() }
 
 func (o setObserver) Gone(u *registrar.UE) {
+	delete(o.w.former, u)
 	if u.Clear {
 		o.w.forgetClear(u)
 	}

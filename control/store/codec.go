@@ -144,7 +144,7 @@ func (c *Codec) EncodeRegistration(r *Registration) ([]byte, error) {
 	if err := r.Validate(); err != nil {
 		return nil, err
 	}
-	size := registrationFixed + len(r.IMPI) + len(r.Contact) + listSize(r.ServiceRoute)
+	size := registrationFixed + len(r.IMPI) + len(r.Contact) + listSize(r.ServiceRoute) + formerSize*len(r.Former)
 	for _, b := range r.Bindings {
 		size += 2*binary.MaxVarintLen32 + len(b.IMPU) + listSize(b.Associated)
 	}
@@ -276,6 +276,7 @@ func (c *Codec) Check(value []byte) error {
 const (
 	setFixed          = 320
 	registrationFixed = 96
+	formerSize        = binary.MaxVarintLen16 + binary.MaxVarintLen32 + 2 // of each
 	metaFixed         = 16
 )
 
@@ -287,6 +288,13 @@ const (
 	flagEmergency
 	flagClear
 	flagsEnd
+)
+
+// Bits of the flags of a registration.
+const (
+	registrationEmergency = 1 << iota
+	registrationFormer    // a list of former names follows
+	registrationFlagsEnd
 )
 
 // body writes the clear text of a record: fixed fields big-endian, numbers that tend to be small as varints, texts and
@@ -385,7 +393,16 @@ func (w *body) registration(r *Registration) {
 	w.text(r.Contact)
 	w.time(r.Expires)
 	w.time(r.Ended)
-	w.flags(r.Emergency)
+	w.flags(r.Emergency, len(r.Former) > 0)
+	if len(r.Former) == 0 {
+		return
+	}
+	w.uvarint(uint64(len(r.Former)))
+	for _, f := range r.Former {
+		w.uvarint(uint64(f.Worker))
+		w.uvarint(uint64(f.Index))
+		w.b = binary.BigEndian.AppendUint16(w.b, f.Gen)
+	}
 }
 
 func (w *body) meta(m *Meta) {
@@ -514,6 +531,20 @@ func (r *reader) bindings() []Binding {
 	return l
 }
 
+// former reads a list that is not empty.
+func (r *reader) former() []Freed {
+	n := r.count(4)
+	if n == 0 {
+		r.fail(errCanonical)
+		return nil
+	}
+	l := make([]Freed, n)
+	for i := range l {
+		l[i] = Freed{Context{uint16(r.uvarint(1<<16 - 1)), uint32(r.uvarint(1<<32 - 1))}, r.uint16()}
+	}
+	return l
+}
+
 func (r *reader) addr() netip.Addr {
 	n := r.uint8()
 	if n != 4 && n != 16 {
@@ -586,7 +617,12 @@ func decodeRegistration(at Context, text []byte) (Registration, error) {
 	g := Registration{
 		Context: at, Gen: r.uint16(), IMPI: r.text(), Addr: r.addr(), Local: r.addr(), State: State(r.uint8()),
 		Current: r.uvarint(1<<64 - 1), Bindings: r.bindings(), ServiceRoute: r.list(), Contact: r.text(), Expires: r.time(),
-		Ended: r.time(), Emergency: r.flags(2) != 0,
+		Ended: r.time(),
+	}
+	f := r.flags(registrationFlagsEnd)
+	g.Emergency = f&registrationEmergency != 0
+	if f&registrationFormer != 0 {
+		g.Former = r.former()
 	}
 	err := r.end()
 	if err == nil {

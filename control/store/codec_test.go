@@ -61,6 +61,7 @@ func fullRegistration() Registration {
 		},
 		ServiceRoute: []string{"sip:orig@scscf;lr"}, Contact: "sip:10.45.0.9:31001",
 		Expires: time.UnixMilli(1788264000001).UTC(), Ended: time.UnixMilli(1788263000001).UTC(), Emergency: true,
+		Former: []Freed{{Context{3, 300}, 7}, {Context{200, 1}, 65535}},
 	}
 }
 

@@ -160,12 +160,16 @@ type Registration struct {
 	Expires      time.Time
 	Ended        time.Time // of the last de-registration; zero: there was none
 	Emergency    bool      // an emergency registration (TS 24.229 §5.2.10)
+
+	// Former are the names that the context had with other workers, the latest last: flow tokens may still bear them. The
+	// contexts of these names are freed ones.
+	Former []Freed
 }
 
 // Clone returns a copy that shares no memory that anybody writes to.
 func (r *Registration) Clone() *Registration {
 	c := *r
-	c.Bindings, c.ServiceRoute = slices.Clone(r.Bindings), slices.Clone(r.ServiceRoute)
+	c.Bindings, c.ServiceRoute, c.Former = slices.Clone(r.Bindings), slices.Clone(r.ServiceRoute), slices.Clone(r.Former)
 	for i := range c.Bindings {
 		c.Bindings[i].Associated = slices.Clone(c.Bindings[i].Associated)
 	}
@@ -179,10 +183,15 @@ func (r *Registration) Validate() error {
 		return invalid("registration", "index is zero")
 	case r.State < Pending || r.State > Deregistered:
 		return invalid("registration", "state is %s", r.State)
-	case len(r.Bindings) > MaxList || len(r.ServiceRoute) > MaxList:
+	case len(r.Bindings) > MaxList || len(r.ServiceRoute) > MaxList || len(r.Former) > MaxList:
 		return invalid("registration", "a list has more than %d elements", MaxList)
 	}
 	texts := append([]string{r.IMPI, r.Contact}, r.ServiceRoute...)
+	for _, f := range r.Former {
+		if f.Index == 0 {
+			return invalid("registration", "index of a former name is zero")
+		}
+	}
 	associated := 0
 	for _, b := range r.Bindings {
 		if associated += len(b.Associated); associated > MaxList {

@@ -21,6 +21,9 @@ import (
 // checkpoints, and so little of the number space that an SA survives thousands of reboots.
 const Block = 1 << 20
 
+// maxFormer is how many names of a context are remembered beside its present one.
+const maxFormer = 16
+
 // installWindow is how many sets the backend is asked to install at a time.
 const installWindow = 1024
 
@@ -59,10 +62,11 @@ type Worker struct {
 // Outcome is what Load found and did.
 type Outcome struct {
 	Workers []Worker
-	Moved   map[Name]Name          // contexts that got another name, because the number of workers has changed
+	Moved   map[Name]Name          // former names of contexts, which a change of the number of workers has taken from them
 	SPIs    []ims.SPI              // in use: not to be given out
 	Known   map[uint64]sa.Counters // of the sets that go on: all that the store has now
 
+	Relocated   int // contexts that got another worker now
 	Adopted     int // sets whose SAs the backend still held
 	Reinstalled int // sets whose SAs were installed again
 	Expired     int // sets whose life had ended meanwhile
@@ -326,20 +330,24 @@ func (l *loader) retire(n Name) {
 }
 
 // place hands a UE to the worker that owns its address. That is the one it was with, unless the number of workers has
-// changed: then it gets a new name there, and Moved leads from the old one to it.
+// changed: then it gets a new name there, and Moved leads from the old ones to it, in the runs to come as well.
 func (l *loader) place(u UE) {
 	owner := uint16(l.Owner(u.Addr)) //nolint:gosec // at most 256 workers
 	if owner != u.Worker {
 		old := Name{u.Context, u.Gen}
 		l.retire(old)
 		l.next[owner]++
+		u.Former = append(u.Former[max(0, len(u.Former)-maxFormer+1):], store.Freed(old))
 		u.Worker, u.Index, u.Gen = owner, l.next[owner], uint16(rand.Uint32()) //nolint:gosec // no secret
 		for i := range u.Sets {
 			u.Sets[i].Worker, u.Sets[i].UE = u.Worker, u.Index
 		}
-		l.out.Moved[old] = Name{u.Context, u.Gen}
+		l.out.Relocated++
 		l.gone.Sets = append(l.gone.Sets, u.Sets...)
 		l.gone.Registrations = append(l.gone.Registrations, u.Registration)
+	}
+	for _, f := range u.Former {
+		l.out.Moved[Name(f)] = Name{u.Context, u.Gen}
 	}
 	for i := range u.Sets {
 		l.out.Known[u.Sets[i].ID] = u.Sets[i].Counters

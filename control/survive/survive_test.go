@@ -267,7 +267,7 @@ func TestMoved(t *testing.T) {
 		c.Workers = 2
 		c.Owner = func(a netip.Addr) int { return owner(a) % 2 }
 	})
-	if ues, _ := count(o); ues != 40 || o.Adopted != 40 || len(o.Moved) != 20 {
+	if ues, _ := count(o); ues != 40 || o.Adopted != 40 || len(o.Moved) != 20 || o.Relocated != 20 {
 		t.Errorf("%d UEs, %d moved, %+v", ues, len(o.Moved), o.Adopted)
 	}
 	names := make(map[Name]netip.Addr)
@@ -299,11 +299,34 @@ func TestMoved(t *testing.T) {
 		}
 	}
 	// The store says the same: the next start finds everybody in place.
-	if again := w.restart(func(c *Config) {
+	again := w.restart(func(c *Config) {
 		c.Workers = 2
 		c.Owner = func(a netip.Addr) int { return owner(a) % 2 }
-	}); len(again.Moved) != 0 || again.Adopted != 40 {
-		t.Errorf("second start: %d moved, %d adopted", len(again.Moved), again.Adopted)
+	})
+	if again.Relocated != 0 || again.Adopted != 40 || !maps.Equal(again.Moved, o.Moved) {
+		t.Errorf("second start: %d moved, %d adopted, %d former names", again.Relocated, again.Adopted, len(again.Moved))
+	}
+	// Back with four: the names of both earlier runs lead to those of now, however often the number changes.
+	for i := range 2 * maxFormer {
+		n := 4 - 2*(i%2)
+		o = w.restart(func(c *Config) {
+			c.Workers = n
+			c.Owner = func(a netip.Addr) int { return owner(a) % n }
+		})
+		names := make(map[Name]netip.Addr)
+		for _, x := range o.Workers {
+			for _, u := range x.UEs {
+				names[Name{u.Context, u.Gen}] = u.Addr
+			}
+		}
+		if o.Relocated != 20 || len(o.Moved) != 20*min(i+2, maxFormer) {
+			t.Errorf("restart %d: %d moved, %d former names", i, o.Relocated, len(o.Moved))
+		}
+		for _, r := range w.regs {
+			if now, moved := o.Moved[Name{r.Context, r.Gen}]; moved && names[now] != r.Addr {
+				t.Errorf("restart %d: token of %s leads to %s", i, r.Addr, names[now])
+			}
+		}
 	}
 }
 

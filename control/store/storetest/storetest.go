@@ -101,6 +101,7 @@ func EqualRegistrations(a, b store.Registration) bool {
 			r.Bindings[i].Associated = append([]string(nil), r.Bindings[i].Associated...)
 		}
 		r.ServiceRoute = append([]string(nil), r.ServiceRoute...)
+		r.Former = append([]store.Freed(nil), r.Former...)
 		return r
 	}
 	return reflect.DeepEqual(norm(a), norm(b))
