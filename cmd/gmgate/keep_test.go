@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/gmgate/gmgate/control/config"
 	"github.com/gmgate/gmgate/control/ims"
@@ -213,3 +214,19 @@ func TestKeeperHands(t *testing.T) {
 type installing struct{ *satest.Backend }
 
 func (i installing) Install(p sa.Params, done func(error)) { i.Backend.Install(p, done); i.Answer() }
+
+// Each time that the store stops taking changes is in the log once, and its recovery.
+func TestStoreLag(t *testing.T) {
+	var b strings.Builder
+	l := storeLag{log: slog.New(slog.NewTextHandler(&b, nil))}
+	for range 2 {
+		l.Failed(errors.New("disk full"), 1, 0)
+		l.Failed(errors.New("disk full"), 1, 0)
+		l.Wrote(1, time.Millisecond, 0)
+		l.Wrote(1, time.Millisecond, 0)
+	}
+	failed, again := strings.Count(b.String(), "disk full"), strings.Count(b.String(), "takes changes again")
+	if failed != 2 || again != 2 || l.failed.Load() != 4 || l.batches.Load() != 4 {
+		t.Errorf("%d failures counted, log:\n%s", l.failed.Load(), b.String())
+	}
+}
