@@ -39,9 +39,9 @@ func (k Key) Clone() Key { return append(Key(nil), k...) }
 // ESPKeys is the key material of one SA set after expansion (TS 33.203 Annex I). The same keys protect all four SAs.
 type ESPKeys struct {
 	Suite Suite
+	Salt  [4]byte // nonce salt of aes-gcm and aes-gmac, zero for the others
 	Enc   Key     // confidentiality key; empty for null encryption
 	Auth  Key     // integrity key; empty when the cipher itself authenticates (aes-gcm)
-	Salt  [4]byte // nonce salt of aes-gcm and aes-gmac, zero for the others
 }
 
 // Format implements fmt.Formatter: only the suite is printed, the salt is secret as well.

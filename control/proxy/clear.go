@@ -157,7 +157,6 @@ func (w *Worker) registeredClear(tx *regTx, answer []byte, expires time.Duration
 			return
 		}
 		if u.Unbind(tx.impu) {
-			w.assertIdentities(u)
 			return
 		}
 		w.table.Deregister(u, w.cfg.Registrar.OldSet)

@@ -175,7 +175,7 @@ func (w *Worker) look(q *UEQuery, from uint32, limit int, act func(*registrar.UE
 func (w *Worker) info(u *registrar.UE) UEInfo {
 	i := UEInfo{
 		ID: idOf(w.id, u), IMPI: u.IMPI, Addr: u.Addr, Local: u.Local, State: u.State, Emergency: u.Emergency, Clear: u.Clear,
-		Identities: slices.Clone(u.Identities), Contact: u.Contact, ServiceRoute: slices.Clone(u.ServiceRoute),
+		Identities: slices.Clone(u.Identities), Contact: u.Contact, ServiceRoute: slices.Clone(u.Routes()),
 		NextHop: u.NextHop, Expires: u.Expires, Sets: make([]SetInfo, len(u.Sets)),
 	}
 	if u.Current != nil {

@@ -313,7 +313,6 @@ func (w *Worker) drop(s *subscription, gone []lost) {
 			u.Unbind(b.IMPU)
 		}
 	}
-	w.assertIdentities(u)
 	w.table.Changed(u)
 }
 
@@ -324,7 +323,7 @@ func (w *Worker) endedByCore(s *subscription, event observe.NetworkEvent) {
 	u := s.ue
 	w.obs.Network(event)
 	w.log.Info("de-registered by the core", "impi", u.IMPI, "ue", u.Addr, "event", event.String())
-	u.Bindings, u.Identities, u.Asserted = nil, nil, nil
+	u.Bindings, u.Identities, u.Beside = nil, nil, nil
 	w.table.Dismiss(u, w.cfg.Registrar.OldSet)
 	w.unwatch(u, false)
 }

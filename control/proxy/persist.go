@@ -109,7 +109,6 @@ func (w *Worker) restoreUE(k *KeptUE) error {
 	if len(k.Former) > 0 {
 		w.former[u] = k.Former
 	}
-	w.assertIdentities(u)
 	w.setServiceRoute(u, k.ServiceRoute)
 	return nil
 }
@@ -132,7 +131,7 @@ type journal struct{ w *Worker }
 func (j journal) KeepUE(u *registrar.UE) {
 	r := store.Registration{
 		Context: j.context(u.Index), Gen: u.Gen, IMPI: u.IMPI, Addr: u.Addr, Local: u.Local,
-		State: store.State(u.State), ServiceRoute: u.ServiceRoute, Contact: u.Contact, Expires: u.Expires, Ended: u.Ended,
+		State: store.State(u.State), ServiceRoute: u.Routes(), Contact: u.Contact, Expires: u.Expires, Ended: u.Ended,
 		Emergency: u.Emergency,
 	}
 	if u.Current != nil {

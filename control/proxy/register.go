@@ -826,8 +826,9 @@ func (w *Worker) challenged(tx *regTx) {
 		server.Suites = secagree.ServerSuites(tx.offer.Suite, tx.policy.Suites, client, true)
 	}
 	w.text = server.Append(w.text[:0])
-	*s.Agreement = registrar.Agreement{Server: string(w.text), Client: tx.client, CallID: tx.callID, IMPU: tx.impu}
-	w.e.Insert(at, "Security-Server: ", s.Agreement.Server, "\r\n")
+	a := s.Agreement
+	a.Server, a.Client, a.CallID, a.IMPU = string(w.text), tx.client, tx.callID, tx.impu
+	w.e.Insert(at, "Security-Server: ", a.Server, "\r\n")
 	if !w.finish() {
 		w.table.Drop(s, 0)
 		return
@@ -892,7 +893,6 @@ func (w *Worker) registered(tx *regTx) {
 		w.finishRegister(tx, answer, 200)
 		w.obs.Registration(observe.RegDereg, true)
 		if s.UE.Unbind(tx.impu) { // another public identity is registered over the same set
-			w.assertIdentities(s.UE)
 			w.table.Changed(s.UE)
 			return
 		}
@@ -1022,9 +1022,8 @@ func sameContact(a, b string) bool {
 func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 	u.Contact = tx.contact
 	u.Bind(registrar.Binding{IMPU: tx.impu, Associated: w.uris(sipmsg.PAssociatedURI)})
-	w.assertIdentities(u)
 	routes := w.uris(sipmsg.ServiceRoute)
-	if slices.Equal(routes, u.ServiceRoute) && (u.NextHop.IsValid() || len(routes) == 0) {
+	if slices.Equal(routes, u.Routes()) && (u.NextHop.IsValid() || len(routes) == 0) {
 		return
 	}
 	w.setServiceRoute(u, routes)
@@ -1032,50 +1031,35 @@ func (w *Worker) learn(u *registrar.UE, tx *regTx) {
 
 // setServiceRoute prepares the preloaded route of initial requests (RFC 3608 §6.1).
 func (w *Worker) setServiceRoute(u *registrar.UE, routes []string) {
-	u.ServiceRoute, u.ServiceHosts, u.RouteRow, u.NextHop = nil, nil, "", ims.Hop{}
+	u.Route, u.NextHop = nil, ims.Hop{}
 	if len(routes) == 0 {
 		return
 	}
-	if !slices.Equal(routes, w.route.uris) {
-		w.route = newServiceRoute(routes)
+	if w.route == nil || !slices.Equal(routes, w.route.URIs) {
+		w.route = newServiceRoute(routes) // most UEs of a core have the same, so they share the last one seen
 	}
-	u.ServiceRoute, u.ServiceHosts, u.RouteRow = w.route.uris, w.route.hosts, w.route.row
+	u.Route = w.route
 	w.findNextHop(u.Index, u.Gen)
 }
 
-// serviceRoute is a Service-Route as UE contexts keep it. Most UEs of a core have the same, so they share the last one seen;
-// nobody changes it.
-type serviceRoute struct {
-	uris, hosts []string
-	row         string
-}
-
-func newServiceRoute(routes []string) serviceRoute {
-	r := serviceRoute{uris: routes, row: "Route: <" + strings.Join(routes, ">, <") + ">\r\n"}
+func newServiceRoute(routes []string) *registrar.ServiceRoute {
+	r := &registrar.ServiceRoute{URIs: routes, Row: "Route: <" + strings.Join(routes, ">, <") + ">\r\n"}
 	for _, s := range routes {
 		if uri, err := sipmsg.ParseURI([]byte(s)); err == nil {
-			r.hosts = append(r.hosts, string(uri.Host))
+			r.Hosts = append(r.Hosts, string(uri.Host))
 		}
 	}
 	return r
-}
-
-// assertIdentities prepares the P-Asserted-Identity rows of a UE.
-func (w *Worker) assertIdentities(u *registrar.UE) {
-	u.Asserted = u.Asserted[:0]
-	for _, id := range u.Identities {
-		u.Asserted = append(u.Asserted, assertedRow(id, u.Identities))
-	}
 }
 
 // findNextHop resolves the first entry of the Service-Route. Until that is known initial requests go where the REGISTER
 // went.
 func (w *Worker) findNextHop(index uint32, gen uint16) {
 	u := w.table.Lookup(index, gen)
-	if u == nil || len(u.ServiceRoute) == 0 {
+	if u == nil || u.Route == nil {
 		return
 	}
-	uri, err := sipmsg.ParseURI([]byte(u.ServiceRoute[0]))
+	uri, err := sipmsg.ParseURI([]byte(u.Route.URIs[0]))
 	if err != nil {
 		return
 	}
@@ -1102,16 +1086,6 @@ func (w *Worker) uris(id sipmsg.HeaderID) []string {
 		}
 	}
 	return out
-}
-
-// assertedRow writes the P-Asserted-Identity row of an identity: with the tel URI of the same number beside a sip URI,
-// where both are registered (RFC 3325 §9.1).
-func assertedRow(id string, all []string) string {
-	row := "P-Asserted-Identity: <" + id + ">"
-	if user, _, ok := strings.Cut(strings.TrimPrefix(id, "sip:"), "@"); ok && slices.Contains(all, "tel:"+user) {
-		row += ", <tel:" + user + ">"
-	}
-	return row + "\r\n"
 }
 
 // bareServer is the Security-Server row of an answer that has no SA set: our list, without SPIs and ports

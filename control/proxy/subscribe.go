@@ -324,7 +324,7 @@ func (w *Worker) newDialog(s *subscription) error {
 			break
 		}
 	}
-	d, err := regevent.NewDialog(to, callID, tag, s.ue.ServiceRoute)
+	d, err := regevent.NewDialog(to, callID, tag, s.ue.Routes())
 	if errors.Is(err, regevent.ErrRoute) { // then by the next hop alone, as the REGISTER
 		d, err = regevent.NewDialog(to, callID, tag, nil)
 	}

@@ -869,6 +869,7 @@ func subscriptionBytes(t testing.TB, n int) int {
 		runtime.ReadMemStats(&m)
 		return m.HeapAlloc
 	}
+	route := newServiceRoute([]string{"sip:orig@scscf." + domain + ":6060;lr"})
 	empty := heap()
 	ues := make([]*registrar.UE, n)
 	for i := range ues {
@@ -889,7 +890,7 @@ func subscriptionBytes(t testing.TB, n int) int {
 		user := fmt.Sprintf("+1555%07d", i)
 		u.Bind(registrar.Binding{IMPU: "sip:" + o.IMPI, Associated: []string{"sip:" + user + "@" + domain, "tel:" + user, "sip:u" + user + "@" + domain}})
 		u.Contact = "sip:" + o.IMPI[:15] + "@" + o.UE.String() + ":6001"
-		u.ServiceRoute = []string{"sip:orig@scscf." + domain + ":6060;lr"}
+		u.Route = route
 		u.NextHop = ims.Hop{Addr: scscfAddr, Transport: ims.UDP}
 		ues[i] = u
 	}

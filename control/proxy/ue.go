@@ -84,12 +84,14 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 		w.putRest(&r)
 	} else {
 		// TS 24.229 §5.2.6.3: the preloaded route must be the Service-Route; whatever the UE wrote, it becomes that.
-		w.e.Str(u.RouteRow)
+		if u.Route != nil {
+			w.e.Str(u.Route.Row)
+		}
 	}
 	w.putForwards(left)
 	if method != sipmsg.MethodAck && method != sipmsg.MethodCancel {
-		if keep < len(u.Asserted) {
-			w.e.Str(u.Asserted[keep])
+		if keep < len(u.Identities) {
+			w.putAsserted(u, keep)
 		}
 		w.putChargingVector()
 	}
@@ -102,7 +104,7 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 
 // preloaded reports whether what is left of an initial request's Route is the Service-Route (TS 24.229 §5.2.6.3.2A).
 func (w *Worker) preloaded(u *registrar.UE, r *routes) bool {
-	n := 0
+	n, want := 0, u.Routes()
 	if r.more {
 		for _, row := range w.m.Rows() {
 			if row.ID != sipmsg.Route || int(row.ValEnd) <= r.rest {
@@ -112,13 +114,13 @@ func (w *Worker) preloaded(u *registrar.UE, r *routes) bool {
 				var elem []byte
 				elem, v = sipmsg.Element(v)
 				na, err := sipmsg.ParseNameAddr(elem)
-				if err != nil || n >= len(u.ServiceRoute) || string(na.URI) != u.ServiceRoute[n] {
+				if err != nil || n >= len(want) || string(na.URI) != want[n] {
 					return false
 				}
 			}
 		}
 	}
-	return n == len(u.ServiceRoute)
+	return n == len(want)
 }
 
 // requestDigits tells the transactions of one UE apart by what a retransmission, a CANCEL and a non-2xx ACK repeat: the
@@ -201,7 +203,7 @@ func (w *Worker) mayResolve(u *registrar.UE, uri *sipmsg.URI) bool {
 	if _, state := w.host(uri.Host); state == nameKnown {
 		return true
 	}
-	return slices.ContainsFunc(u.ServiceHosts, func(h string) bool { return sipmsg.EqualFold(uri.Host, h) })
+	return onServiceRoute(u, uri)
 }
 
 // allowed reports whether requests of this UE may be routed to a host: a next hop, a host of its Service-Route, or a
@@ -220,12 +222,12 @@ func (w *Worker) allowed(u *registrar.UE, uri *sipmsg.URI, a netip.Addr) bool {
 	if u.NextHop.IsValid() && u.NextHop.Addr.Addr() == a {
 		return true
 	}
-	for _, sr := range u.ServiceHosts {
-		if sipmsg.EqualFold(uri.Host, sr) {
-			return true
-		}
-	}
-	return false
+	return onServiceRoute(u, uri)
+}
+
+// onServiceRoute reports whether a URI has a host of the UE's Service-Route.
+func onServiceRoute(u *registrar.UE, uri *sipmsg.URI) bool {
+	return u.Route != nil && slices.ContainsFunc(u.Route.Hosts, func(h string) bool { return sipmsg.EqualFold(uri.Host, h) })
 }
 
 // stripFromUE deletes what a UE may not say (trust boundary, TS 24.229 §5.2.6.3), the traces of the security agreement
@@ -304,6 +306,18 @@ func (w *Worker) identityOf(u *registrar.UE, value []byte) int {
 	return slices.IndexFunc(u.Identities, func(id string) bool { return sipmsg.EqualFold(na.URI, id) })
 }
 
+// putAsserted writes the P-Asserted-Identity row of an identity into the open splice: with the tel URI of the same number
+// beside a sip URI, where both are registered (RFC 3325 §9.1).
+func (w *Worker) putAsserted(u *registrar.UE, i int) {
+	w.e.Str("P-Asserted-Identity: <")
+	w.e.Str(u.Identities[i])
+	if tel := int(u.Beside[i]); tel > 0 {
+		w.e.Str(">, <")
+		w.e.Str(u.Identities[tel-1])
+	}
+	w.e.Str(">\r\n")
+}
+
 // putChargingVector writes P-Charging-Vector (RFC 7315 §4.6) into the open splice. The icid comes from the Call-ID under
 // our key: unique, the same for all requests of a dialog and for retransmissions, and without state.
 func (w *Worker) putChargingVector() {
@@ -361,8 +375,10 @@ func (w *Worker) answerFromUE(s *registrar.Set) {
 	if dialogForming(m.CSeqMethod()) {
 		w.rewriteRecordRoute(s, false, false)
 	}
-	if int(called) < len(u.Asserted) && m.Status() != 100 {
-		w.e.Insert(m.HeadersStart(), u.Asserted[called])
+	if int(called) < len(u.Identities) && m.Status() != 100 {
+		w.e.Open(m.HeadersStart(), m.HeadersStart())
+		w.putAsserted(u, int(called))
+		w.e.Close()
 	}
 	if !w.finish() {
 		return

@@ -115,8 +115,8 @@ type Worker struct {
 	text []byte // scratch for header values
 	addr []byte // scratch for an address in text
 
-	mwPort uint16       // our own Mw port
-	route  serviceRoute // the last one learnt
+	mwPort uint16                  // our own Mw port
+	route  *registrar.ServiceRoute // the one learnt last
 
 	txs               map[txKey]*regTx
 	newest            map[registrar.Key]*regTx // newest REGISTER transaction of a UE

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/gmgate/gmgate/control/sa"
-	"github.com/gmgate/gmgate/control/wheel"
 )
 
 // Journal is told what has to survive a restart. Its methods run on the worker's loop and must not block; what they are
@@ -44,10 +43,10 @@ func (t *Table) keepWithin(u *UE, d time.Duration) {
 		return
 	}
 	due := t.now().Add(d)
-	if u.keep.Armed() && !due.Before(u.keepAt) {
+	if u.keep.Armed() && due.UnixNano() >= u.keepAt {
 		return
 	}
-	u.keepAt = due
+	u.keepAt = due.UnixNano()
 	t.wheel.Schedule(&u.keep, d, func() { t.keepNow(u) })
 }
 
@@ -235,12 +234,4 @@ func (t *Table) Walk(from uint32, n int, f func(*UE)) (next uint32) {
 		}
 	}
 	return 0
-}
-
-// journaled is what a UE carries for the journal.
-type journaled struct {
-	keep     wheel.Timer
-	keepAt   time.Time
-	kept     bool
-	restored bool
 }

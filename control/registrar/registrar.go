@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/gmgate/gmgate/control/ims"
@@ -85,33 +86,48 @@ type Observer interface {
 type UE struct {
 	Index     uint32 // position in the table, never zero
 	Gen       uint16 // distinguishes the phones which had this index one after the other
+	Emergency bool   // the contact has the parameter sos
+	Clear     bool   // its sets are address associations
+	State     State
+	kept      bool   // by the journal
+	restored  bool   // from what a run before has kept
+	largeTurn uint8  // of large
+	portTurn  uint16 // rotates through the port-pc pool
 	IMPI      string
 	Addr      netip.Addr
 	Local     netip.Addr
-	Emergency bool // the contact has the parameter sos
-	Clear     bool // its sets are address associations
 
 	Sets    []*Set // reserved, temporary, established and old ones, oldest first
 	Current *Set   // carries requests to the UE; nil before the first 200
 
-	State        State
-	Bindings     []Binding
-	Ended        time.Time // of the last de-registration
-	Identities   []string  // of all bindings, default public identity first
-	Asserted     []string  // P-Asserted-Identity header rows, one per identity
-	ServiceRoute []string  // URIs of Service-Route in order
-	ServiceHosts []string  // hosts of these URIs
-	RouteRow     string    // Route header row that preloads the Service-Route
-	NextHop      ims.Hop   // where initial requests go; not valid until resolved
-	Contact      string    // Contact URI registered
-	Expires      time.Time
+	Bindings   []Binding
+	Ended      time.Time     // of the last de-registration
+	Identities []string      // of all bindings, default public identity first
+	Beside     []uint8       // for each identity one plus the index of the tel URI of the same number; 0: there is none
+	Route      *ServiceRoute // nil: none
+	NextHop    ims.Hop       // where initial requests go; not valid until resolved
+	Contact    string        // Contact URI registered
+	Expires    time.Time
 
-	portTurn int // rotates through the port-pc pool
+	keep   wheel.Timer // shows the UE to the journal
+	keepAt int64       // when, in nanoseconds of Unix time
 
-	journaled
+	large [4]uint64 // transactions of the latest INVITEs that went over TCP because of their size
+}
 
-	large     [4]uint64 // transactions of the latest INVITEs that went over TCP because of their size
-	largeTurn uint8
+// ServiceRoute is a Service-Route (RFC 3608). UEs share it where theirs are equal: nobody changes it.
+type ServiceRoute struct {
+	URIs  []string // in order
+	Hosts []string // of these URIs
+	Row   string   // Route header row that preloads it
+}
+
+// Routes returns the URIs of the Service-Route in order.
+func (u *UE) Routes() []string {
+	if u.Route == nil {
+		return nil
+	}
+	return u.Route.URIs
 }
 
 // WentOverTCP notes that an INVITE to the UE went over TCP because of its size: its CANCEL and the ACK of a non-2xx answer
@@ -185,7 +201,7 @@ func (u *UE) Withdraw(identity string) {
 }
 
 func (u *UE) gatherIdentities() {
-	u.Identities = nil
+	u.Identities, u.Beside = nil, nil
 	for _, b := range u.Bindings {
 		ids := b.Associated
 		if len(ids) == 0 {
@@ -197,6 +213,14 @@ func (u *UE) gatherIdentities() {
 			}
 		}
 	}
+	u.Beside = make([]uint8, len(u.Identities))
+	for i, id := range u.Identities {
+		if user, _, ok := strings.Cut(strings.TrimPrefix(id, "sip:"), "@"); ok {
+			if tel := slices.Index(u.Identities, "tel:"+user) + 1; tel < 1<<8 {
+				u.Beside[i] = uint8(tel) //nolint:gosec // checked
+			}
+		}
+	}
 }
 
 // Set is an SA set with what the SIP side remembers of its agreement. With Clear it is an address association instead
@@ -204,31 +228,30 @@ func (u *UE) gatherIdentities() {
 // port and our unprotected one, and it is Established from its beginning to its end.
 type Set struct {
 	sa.Params
-	UE     *UE
-	Clear  bool
-	Phase  sa.Phase
-	Serial uint8 // distinguishes the live sets of one UE in flow tokens
-
-	Agreement *Agreement // what SM7 has to repeat; nil once the set is confirmed
+	UE        *UE
+	Agreement *Agreement // how it came about; nil once the set is confirmed
 	Over      *Set       // the set which SM1 came over; nil: it came in clear
-	OverTCP   bool       // SM7 came over TCP: so do requests to the UE
-	Used      bool       // a message other than SM7 came in on it
+
+	Clear   bool
+	Phase   sa.Phase
+	Serial  uint8 // distinguishes the live sets of one UE in flow tokens
+	OverTCP bool  // SM7 came over TCP: so do requests to the UE
+	Used    bool  // a message other than SM7 came in on it
 
 	// What the operator's policy says of the traffic; the zero values are the rules of TS 33.203.
 	Requests        ims.Transport // of requests to the UE
 	OwnConnection   bool          // requests to the UE go on connections that we opened only
 	AnswersToSource bool          // UDP answers go from port-ps to port-uc where the request has rport
 
+	initial  bool // SM1 came in clear
+	removing bool // told to go, waiting for its grace
+	kept     bool // by the journal
+
 	Deadline time.Time
 	ConnIn   ims.ConnID // connection opened by the UE, uc to ps
 	ConnOut  ims.ConnID // connection opened by us, pc to us
 
-	timer    wheel.Timer
-	await    time.Duration // reg-await-auth
-	initial  bool          // SM1 came in clear
-	removing bool          // told to go, waiting for its grace
-	kept     bool          // by the journal
-	began    time.Time
+	timer wheel.Timer
 }
 
 // Agreement is how a security agreement was made, for the comparison with what SM7 says of it (RFC 3329 §2.3.1).
@@ -237,6 +260,9 @@ type Agreement struct {
 	Client string // Security-Client of SM1, rows joined by a newline
 	CallID string // of SM1
 	IMPU   string // of SM1
+
+	await time.Duration // reg-await-auth
+	began time.Time
 }
 
 // Dropped reports whether the set was told to go.
@@ -324,7 +350,7 @@ func Source(a netip.Addr) netip.Prefix {
 func (t *Table) Oldest() (*Set, time.Time) {
 	for len(t.queue) > 0 {
 		if s := t.queue[0]; s.waits() {
-			return s, s.began
+			return s, s.Agreement.began
 		}
 		t.queue[0] = nil
 		t.queue = t.queue[1:]
@@ -533,7 +559,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	}
 	t.nextID++
 	s := &Set{
-		UE: u, Phase: sa.Reserved, Agreement: new(Agreement), await: await, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over, began: t.now(),
+		UE: u, Phase: sa.Reserved, Agreement: &Agreement{await: await, began: t.now()}, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over,
 		Params: sa.Params{
 			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
 			Local: o.Local, UE: o.UE,
@@ -580,7 +606,7 @@ func (t *Table) installed(s *Set, err error, done func(*Set, error)) {
 		done(s, fmt.Errorf("install SA set: %w", err))
 	default:
 		t.happen(s, sa.Acknowledged)
-		t.arm(s, s.await)
+		t.arm(s, s.Agreement.await)
 		t.keepWithin(s.UE, temporaryKept)
 		done(s, nil)
 	}
@@ -621,14 +647,14 @@ func (t *Table) pickPorts(u *UE, o *Offer) (ps, pc uint16, err error) {
 	}
 	turn := 0
 	if u != nil {
-		turn = u.portTurn
+		turn = int(u.portTurn)
 	}
 	for i := range clients {
 		p := clients[(turn+i)%len(clients)]
 		inUse := slices.ContainsFunc(t.byAddr[o.UE], func(s *Set) bool { return s.UE == u && s.Ports.PC == p })
 		if !inUse && free(o.PortS, p) && free(o.PortC, p) {
 			if u != nil {
-				u.portTurn = (turn + i + 1) % len(clients)
+				u.portTurn = uint16((turn + i + 1) % len(clients)) //nolint:gosec // there are no more ports
 			}
 			return ps, p, nil
 		}
