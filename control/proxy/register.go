@@ -473,7 +473,14 @@ func (w *Worker) readAuthorization(tx *regTx) error {
 		if err != nil {
 			return err
 		}
-		tx.impi, tx.realm = canonicalIMPI(strings.Clone(a.Username)), strings.Clone(a.Realm) // without the header that it stands in
+		// Without the header that it stands in; most public identities hold the private one.
+		username := canonicalIMPI(a.Username)
+		if i := len(tx.impu) - len(username); i >= 0 && tx.impu[i:] == username {
+			tx.impi = tx.impu[i:]
+		} else {
+			tx.impi = strings.Clone(username)
+		}
+		tx.realm = strings.Clone(a.Realm)
 		tx.response, tx.authorization = a.Response != "", true
 		if tx.impi == "" {
 			return errors.New("username is missing")

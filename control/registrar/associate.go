@@ -55,7 +55,7 @@ func (t *Table) Associate(a *Association, life time.Duration) (*Set, error) {
 		t.remove(held) // de-registered, and somebody else is there now
 		held = nil
 	}
-	u := t.byKey[a.Key()]
+	u := t.Context(a.Key())
 	if u == nil {
 		if u = t.add(a.Key(), a.Local.Addr()); u == nil {
 			return nil, ErrTooManySets
@@ -79,7 +79,6 @@ func (t *Table) Associate(a *Association, life time.Duration) (*Set, error) {
 	if held == nil || held.UE.Emergency || held.UE == u {
 		t.byTuple[k] = s
 	}
-	t.byAddr[s.Params.UE] = append(t.byAddr[s.Params.UE], s)
 	t.obs.Associations(1)
 	for _, o := range before {
 		t.remove(o)
@@ -106,7 +105,7 @@ func (t *Table) Dissociate(s *Set) {
 // Disconnected ends every address association of a connection at once that is gone: that of a normal registration, and that of
 // an emergency one.
 func (t *Table) Disconnected(addr netip.Addr, c ims.ConnID) {
-	for _, s := range slices.Clone(t.byAddr[addr]) {
+	for _, s := range t.setsAt(addr) {
 		if s.Clear && s.OverTCP && s.ConnIn == c {
 			t.remove(s)
 		}
@@ -116,7 +115,7 @@ func (t *Table) Disconnected(addr netip.Addr, c ims.ConnID) {
 // DissociateAll ends every address association of an IMPI at once: it has security associations now, and must not be
 // reached in clear any more.
 func (t *Table) DissociateAll(impi string) {
-	for _, u := range slices.Clone(t.byIMPI[impi]) {
+	for _, u := range t.OfIMPI(impi) {
 		if !u.Clear {
 			continue
 		}
@@ -131,7 +130,7 @@ func (t *Table) DissociateAll(impi string) {
 // same phone then, whatever it calls itself in private: without Authorization its IMPI is but derived from what it
 // registers (TS 33.203 Annex T). Elsewhere it may be another device of the same user.
 func (t *Table) protectedAt(addr netip.Addr, public []string) bool {
-	return slices.ContainsFunc(t.byAddr[addr], func(s *Set) bool {
+	return slices.ContainsFunc(t.setsAt(addr), func(s *Set) bool {
 		return !s.Clear && (s.Phase == sa.Established || s.Phase == sa.Old) && s.UE.shares(public)
 	})
 }
@@ -151,7 +150,7 @@ func (t *Table) DissociateAt(u *UE) {
 	for _, b := range u.Bindings {
 		public = append(append(public, b.IMPU), b.Associated...)
 	}
-	for _, s := range slices.Clone(t.byAddr[u.Addr]) {
+	for _, s := range t.setsAt(u.Addr) {
 		if s.Clear && s.UE.shares(public) {
 			t.remove(s)
 		}

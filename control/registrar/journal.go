@@ -89,8 +89,10 @@ func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
 	switch {
 	case u.Index == 0 || u.Index > MaxUEs || len(u.Sets) == 0:
 		return fmt.Errorf("%w: index %d, %d sets", ErrRestore, u.Index, len(u.Sets))
-	case t.at(u.Index) != nil || t.byKey[u.Key()] != nil:
+	case t.at(u.Index) != nil || t.Context(u.Key()) != nil:
 		return fmt.Errorf("%w: index %d is taken", ErrRestore, u.Index)
+	case slices.ContainsFunc(u.Sets, func(s *Set) bool { return s.Params.UE != u.Addr }):
+		return fmt.Errorf("%w: index %d: a set is of another address", ErrRestore, u.Index)
 	case slices.ContainsFunc(u.Sets, func(s *Set) bool { return s.Clear != u.Clear }):
 		return fmt.Errorf("%w: index %d: with SAs and in clear", ErrRestore, u.Index)
 	case u.Current != nil && !slices.Contains(u.Sets, u.Current):
@@ -108,15 +110,13 @@ func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
 	}
 	t.reserve(u.Index)
 	t.ues[u.Index], t.gens[u.Index] = u, u.Gen
-	t.byKey[u.Key()] = u
-	t.byIMPI[u.IMPI] = append(t.byIMPI[u.IMPI], u)
+	t.index(u)
 	u.gatherIdentities()
 	u.kept, u.restored = true, true
 	t.obs.UEs(u.State, 1)
 	for _, s := range u.Sets {
 		s.UE, s.kept, s.removing = u, true, removing(s)
 		t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
-		t.byAddr[s.Params.UE] = append(t.byAddr[s.Params.UE], s)
 		if s.Clear {
 			t.obs.Associations(1)
 		} else {

@@ -112,6 +112,8 @@ type UE struct {
 	keep   wheel.Timer // shows the UE to the journal
 	keepAt int64       // when, in nanoseconds of Unix time
 
+	ofIMPI, atAddr *UE // the next one with the same IMPI, and the next one at the same address
+
 	large [4]uint64 // transactions of the latest INVITEs that went over TCP because of their size
 }
 
@@ -309,10 +311,10 @@ type Table struct {
 	ues     []*UE // by index; nil = free
 	gens    []uint16
 	free    []uint32
-	byKey   map[Key]*UE
-	byIMPI  map[string][]*UE
+	count   int                // of ues
+	byIMPI  map[string]*UE     // the first of those linked by ofIMPI
+	byAddr  map[netip.Addr]*UE // the first of those linked by atAddr
 	byTuple map[tuple]*Set
-	byAddr  map[netip.Addr][]*Set
 	// leaving are dead sets whose SAs are still in the backend for resetGrace.
 	leaving map[netip.Addr][]*Set
 	// unconfirmed counts the sets of initial registrations that nobody has proved to be entitled to, by source.
@@ -329,7 +331,7 @@ func New(cfg Config, worker int, spis *sa.SPIPool, w *wheel.Wheel, now func() ti
 	return &Table{
 		cfg: cfg, worker: worker, wheel: w, now: now, installer: inst, post: post, obs: obs, spis: spis,
 		ues: make([]*UE, 1), gens: make([]uint16, 1),
-		byKey: make(map[Key]*UE), byIMPI: make(map[string][]*UE), byTuple: make(map[tuple]*Set), byAddr: make(map[netip.Addr][]*Set),
+		byIMPI: make(map[string]*UE), byAddr: make(map[netip.Addr]*UE), byTuple: make(map[tuple]*Set),
 		leaving:     make(map[netip.Addr][]*Set),
 		unconfirmed: make(map[netip.Prefix]int),
 	}
@@ -415,25 +417,67 @@ func (t *Table) Lookup(index uint32, gen uint16) *UE {
 }
 
 // UEOf returns the context of an IMPI's normal, protected registration at an address, or nil.
-func (t *Table) UEOf(impi string, addr netip.Addr) *UE { return t.byKey[Key{IMPI: impi, Addr: addr}] }
+func (t *Table) UEOf(impi string, addr netip.Addr) *UE { return t.Context(Key{IMPI: impi, Addr: addr}) }
 
 // Context returns the context of that name, or nil.
-func (t *Table) Context(k Key) *UE { return t.byKey[k] }
+func (t *Table) Context(k Key) *UE {
+	for u := t.byAddr[k.Addr]; u != nil; u = u.atAddr { // one, but for phones behind a NAT
+		if u.IMPI == k.IMPI && u.Emergency == k.Emergency && u.Clear == k.Clear {
+			return u
+		}
+	}
+	return nil
+}
+
+// index makes a UE known by IMPI and address.
+func (t *Table) index(u *UE) {
+	u.ofIMPI, t.byIMPI[u.IMPI] = t.byIMPI[u.IMPI], u
+	u.atAddr, t.byAddr[u.Addr] = t.byAddr[u.Addr], u
+	t.count++
+}
+
+// unindex takes back what index did.
+func (t *Table) unindex(u *UE) {
+	unchain(t.byIMPI, u.IMPI, u, func(o *UE) **UE { return &o.ofIMPI })
+	unchain(t.byAddr, u.Addr, u, func(o *UE) **UE { return &o.atAddr })
+	t.count--
+}
+
+// unchain takes a UE out of the chain that begins at a key of a map.
+func unchain[K comparable](m map[K]*UE, k K, u *UE, next func(*UE) **UE) {
+	switch first, rest := m[k], *next(u); {
+	case first != u:
+		for o := first; o != nil; o = *next(o) {
+			if *next(o) == u {
+				*next(o) = rest
+				break
+			}
+		}
+	case rest != nil:
+		m[k] = rest
+	default:
+		delete(m, k)
+	}
+	*next(u) = nil
+}
 
 // Elsewhere returns the contexts of an IMPI's normal, protected registrations at other addresses than this.
 func (t *Table) Elsewhere(impi string, addr netip.Addr) []*UE {
-	return slices.DeleteFunc(slices.Clone(t.byIMPI[impi]), func(u *UE) bool {
+	return slices.DeleteFunc(t.OfIMPI(impi), func(u *UE) bool {
 		return u.Addr == addr || u.Emergency || u.Clear
 	})
 }
 
 // Protected reports whether an IMPI has a confirmed SA set at any address of this worker.
 func (t *Table) Protected(impi string) bool {
-	return slices.ContainsFunc(t.byIMPI[impi], func(u *UE) bool {
-		return !u.Clear && slices.ContainsFunc(u.Sets, func(s *Set) bool {
+	for u := t.byIMPI[impi]; u != nil; u = u.ofIMPI {
+		if !u.Clear && slices.ContainsFunc(u.Sets, func(s *Set) bool {
 			return s.Phase == sa.Established || s.Phase == sa.Old
-		})
-	})
+		}) {
+			return true
+		}
+	}
+	return false
 }
 
 // Set returns the live set of the UE with this serial, or nil.
@@ -447,7 +491,7 @@ func (u *UE) Set(serial uint8) *Set {
 }
 
 // UEs returns the number of UE contexts; Sets the number of sets that are not dead; SPIsInUse the SPIs taken.
-func (t *Table) UEs() int { return len(t.byKey) }
+func (t *Table) UEs() int { return t.count }
 
 // SPIsInUse returns the number of SPIs taken from the pool.
 func (t *Table) SPIsInUse() int { return t.spis.InUse() }
@@ -474,22 +518,16 @@ func (o *Offer) key() Key { return Key{IMPI: o.IMPI, Addr: o.UE, Emergency: o.Em
 // Check applies TS 33.203 §7.2 to an offer before it goes to the core: the pair of source address and protected client
 // port must not belong to another IMPI, and the UE must not hold too many sets.
 func (t *Table) Check(o *Offer) error {
-	own := t.byKey[o.key()]
-	for _, s := range t.byAddr[o.UE] {
-		switch {
-		case s.Clear || s.UE == own:
+	own := t.Context(o.key())
+	for u := t.byAddr[o.UE]; u != nil; u = u.atAddr {
+		if u.Clear || u == own {
 			continue
-		case s.UE.IMPI == o.IMPI: // its emergency registration, or its normal one
-			if spiClash(s, o) {
+		}
+		twin := u.IMPI == o.IMPI // its emergency registration, or its normal one
+		for _, s := range u.Sets {
+			if spiClash(s, o) || !twin && portClash(s, o) {
 				return ErrAddressConflict
 			}
-			continue
-		}
-		if s.Ports.UC == o.PortC || s.Ports.US == o.PortS || s.Ports.UC == o.PortS || s.Ports.US == o.PortC {
-			return ErrAddressConflict
-		}
-		if spiClash(s, o) {
-			return ErrAddressConflict
 		}
 	}
 	if own != nil {
@@ -510,6 +548,10 @@ func (t *Table) Check(o *Offer) error {
 	return nil
 }
 
+func portClash(s *Set, o *Offer) bool {
+	return s.Ports.UC == o.PortC || s.Ports.US == o.PortS || s.Ports.UC == o.PortS || s.Ports.US == o.PortC
+}
+
 func spiClash(s *Set, o *Offer) bool {
 	return s.SPIs.UC == o.SPIC || s.SPIs.US == o.SPIS || s.SPIs.UC == o.SPIS || s.SPIs.US == o.SPIC
 }
@@ -521,14 +563,14 @@ func spiClash(s *Set, o *Offer) bool {
 //
 // keys are copied by the backend; the set keeps them for the store.
 func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set, error) {
-	u := t.byKey[o.key()]
+	u := t.Context(o.key())
 	if u != nil {
 		for _, s := range slices.Clone(u.Sets) {
 			if (s.Phase == sa.Temporary || s.Phase == sa.Reserved) && !t.outlives(s, o) {
 				t.remove(s)
 			}
 		}
-		u = t.byKey[o.key()] // the context goes with its last set
+		u = t.Context(o.key()) // the context goes with its last set
 	}
 	if err := t.Check(o); err != nil {
 		return nil, err
@@ -571,7 +613,6 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	t.makeRoom(s)
 	u.Sets = append(u.Sets, s)
 	t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
-	t.byAddr[o.UE] = append(t.byAddr[o.UE], s)
 	t.obs.Sets(sa.Reserved, 1)
 	t.account(s, false)
 	t.installer.Install(s.Params, func(err error) {
@@ -651,7 +692,7 @@ func (t *Table) pickPorts(u *UE, o *Offer) (ps, pc uint16, err error) {
 	}
 	for i := range clients {
 		p := clients[(turn+i)%len(clients)]
-		inUse := slices.ContainsFunc(t.byAddr[o.UE], func(s *Set) bool { return s.UE == u && s.Ports.PC == p })
+		inUse := u != nil && slices.ContainsFunc(u.Sets, func(s *Set) bool { return s.Ports.PC == p })
 		if !inUse && free(o.PortS, p) && free(o.PortC, p) {
 			if u != nil {
 				u.portTurn = uint16((turn + i + 1) % len(clients)) //nolint:gosec // there are no more ports
@@ -678,8 +719,7 @@ func (t *Table) add(k Key, local netip.Addr) *UE {
 		Emergency: k.Emergency, Clear: k.Clear,
 	}
 	t.ues[index] = u
-	t.byKey[k] = u
-	t.byIMPI[u.IMPI] = append(t.byIMPI[u.IMPI], u)
+	t.index(u)
 	t.obs.UEs(Pending, 1)
 	return u
 }
@@ -972,11 +1012,6 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 			delete(t.byTuple, k)
 		}
 	}
-	if rest := slices.DeleteFunc(t.byAddr[s.Params.UE], func(o *Set) bool { return o == s }); len(rest) > 0 {
-		t.byAddr[s.Params.UE] = rest
-	} else {
-		delete(t.byAddr, s.Params.UE)
-	}
 	u := s.UE
 	u.Sets = slices.DeleteFunc(u.Sets, func(o *Set) bool { return o == s })
 	for _, o := range u.Sets { // no dangling references to a dead set
@@ -992,12 +1027,7 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 	t.obs.SetRemoved(s)
 	if len(u.Sets) == 0 {
 		t.forgetUE(u)
-		delete(t.byKey, u.Key())
-		if rest := slices.DeleteFunc(t.byIMPI[u.IMPI], func(o *UE) bool { return o == u }); len(rest) > 0 {
-			t.byIMPI[u.IMPI] = rest
-		} else {
-			delete(t.byIMPI, u.IMPI)
-		}
+		t.unindex(u)
 		t.ues[u.Index] = nil
 		gap := uint16(1)
 		if u.restored { // phones after this one may have had the index before a crash took their records
@@ -1045,10 +1075,10 @@ func (t *Table) happen(s *Set, e sa.Event) {
 	t.account(s, waited)
 }
 
-// Each calls f for every UE context, in no order, until it returns false.
+// Each calls f for every UE context, in the order of their index, until it returns false.
 func (t *Table) Each(f func(*UE) bool) {
-	for _, u := range t.byKey {
-		if !f(u) {
+	for _, u := range t.ues {
+		if u != nil && !f(u) {
 			return
 		}
 	}
