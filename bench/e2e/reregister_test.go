@@ -805,7 +805,7 @@ func TestLifetimes(t *testing.T) {
 		t.Run(tr.name, func(t *testing.T) {
 			t.Parallel()
 			f := start(t, fixtureConfig{
-				ipv6: tr.v6, log: loadLog, register: caseTimeout, daemon: lab.DaemonOptions{LifetimeMargin: lifetimeMargin},
+				ipv6: tr.v6, log: loadLog, register: caseTimeout, oldSet: life() * 2 / 3, daemon: lab.DaemonOptions{LifetimeMargin: lifetimeMargin},
 			})
 			life := life()
 			short := func(c *ue.Config) { c.Expires = life }
