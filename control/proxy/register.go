@@ -375,6 +375,7 @@ func (w *Worker) checkProtected(tx *regTx, s *registrar.Set, via *sipmsg.ViaParm
 		refuse(403, "Forbidden", "To: not the identity of the challenged REGISTER", observe.ReasonNotOwner)
 		return false
 	}
+	tx.impu = agreed.IMPU // the string that the UE's IMPI is part of
 	return true
 }
 

@@ -48,14 +48,14 @@ type subscription struct {
 	tx     *subscribeTx // the newest SUBSCRIBE, until it is answered
 
 	expiry wheel.Timer
-	other  wheel.Timer    // refresh, retry or notify
-	armed  regevent.Timer // which of them
+	other  wheel.Timer // refresh, retry or notify
 
 	// What the core says of the UE may be older than the UE's newest registration, see trusted. Turns order what has
 	// happened in one tick of the clock.
 	registered uint64               // the turn of the newest 200
 	since      time.Duration        // its time, on the worker's clock
 	known      uint64               // the turn of the newest SUBSCRIBE that the notifier has certainly got
+	armed      regevent.Timer       // which of them other is
 	doubt      observe.NetworkEvent // zero, or what the core said and was not believed
 	asked      bool                 // a new dialog was made because of the doubt, once for each registration
 	ended      bool                 // the registration is over
@@ -260,11 +260,12 @@ func (w *Worker) subscriptionEvent(s *subscription, f ims.Flow, e regevent.Event
 }
 
 func (w *Worker) armSubscription(s *subscription, t regevent.Timer, after time.Duration) {
-	timer := &s.expiry
-	if t != regevent.TimerExpiry {
-		timer, s.armed = &s.other, t
+	if t == regevent.TimerExpiry {
+		w.wheel.Schedule(&s.expiry, after, func() { w.subscriptionEvent(s, ims.Flow{}, regevent.TimerExpiry.Event()) })
+		return
 	}
-	w.wheel.Schedule(timer, after, func() { w.subscriptionEvent(s, ims.Flow{}, t.Event()) })
+	s.armed = t
+	w.wheel.Schedule(&s.other, after, func() { w.subscriptionEvent(s, ims.Flow{}, s.armed.Event()) })
 }
 
 func (w *Worker) stopSubscription(s *subscription, t regevent.Timer) {

@@ -207,7 +207,7 @@ func TestEveryCell(t *testing.T) {
 		s, now := New(walk%50 == 0), epoch
 		for range 30 {
 			samples[trait{
-				s.state, s.failures, s.loss, s.emergency, s.timed, !s.deadline.IsZero(),
+				s.state, s.Failures(), s.loss, s.emergency, s.timed, !s.deadline.IsZero(),
 				!s.gap.IsZero() && now.Sub(s.gap.time()) < c.GapInterval/2 && s.refresh.Sub(now) > c.GapInterval,
 			}] = sample{s, now}
 			var possible []EventKind
@@ -622,7 +622,7 @@ func TestJitter(t *testing.T) {
 	}
 	// However many failures: no overflow, no more than the maximum.
 	c := DefaultConfig(half)
-	for _, n := range []int{7, 20, 63, 1 << 30} {
+	for _, n := range []uint16{7, 20, 63, 1<<16 - 1} {
 		st := step{c: &c, s: Subscription{failures: n}}
 		if d := st.backoff(0); d != c.BackoffMax {
 			t.Errorf("%d failures: %s", n, d)

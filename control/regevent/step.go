@@ -124,7 +124,7 @@ func (t *step) backoff(retryAfter uint32) time.Duration {
 
 // again makes the next attempt to subscribe later, if there may be one.
 func (t *step) again(retryAfter uint32) State {
-	if t.s.failures >= t.c.MaxFailures {
+	if t.s.Failures() >= t.c.MaxFailures {
 		return t.lose(LossGivenUp)
 	}
 	t.arm(TimerRetry, t.backoff(retryAfter))
@@ -251,7 +251,7 @@ func (t *step) refreshLater() State {
 // tooBrief takes over what the notifier demands with 423 (RFC 6665 §4.2.1.1). It reports false for a demand which was met.
 func (t *step) tooBrief() bool {
 	least := seconds(t.e.MinExpires)
-	if t.e.Status != 423 || least <= t.s.asked || t.s.failures >= t.c.MaxFailures {
+	if t.e.Status != 423 || least <= t.s.asked || t.s.Failures() >= t.c.MaxFailures {
 		return false
 	}
 	t.s.failures++

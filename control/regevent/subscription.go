@@ -236,7 +236,7 @@ type Subscription struct {
 	loss      Loss          // why it is terminated; 0: not by a failure
 	timed     bool          // the refresh under way was due; one because of a gap says nothing about stability
 	armed     uint8         // timers that run, one bit each
-	failures  int           // attempts in a row that did not lead to a subscription which lasted
+	failures  uint16        // attempts in a row that did not lead to a subscription which lasted
 	life      time.Duration // the registration's expiry as granted last
 	floor     time.Duration // least expiry that the notifier takes (423)
 	asked     time.Duration // expiry of the newest SUBSCRIBE
@@ -253,7 +253,7 @@ func New(emergency bool) Subscription { return Subscription{state: None, emergen
 func (s *Subscription) State() State { return s.state }
 
 // Failures returns the number of attempts in a row that have failed.
-func (s *Subscription) Failures() int { return s.failures }
+func (s *Subscription) Failures() int { return int(s.failures) }
 
 // Deadline returns when the subscription ends unless it is refreshed, zero while there is none.
 func (s *Subscription) Deadline() time.Time { return s.deadline.time() }

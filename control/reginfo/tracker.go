@@ -59,14 +59,15 @@ type Tracker struct {
 	// every document. The order of NOTIFY requests within a dialog then has to do.
 	AnyFull bool
 
+	begun   bool // a document was applied since Restart
+	whole   bool // a full document was applied and none is missing since
+	version uint32
+
 	// Own, if set, limits the view to the contacts for which it returns true. What documents say of others is reported
 	// all the same, only they are never missed; AllGone means that none of the own ones is left.
 	Own func(aor, uri string) bool
 
-	version uint32
-	begun   bool // a document was applied since Restart
-	whole   bool // a full document was applied and none is missing since
-	regs    []tracked
+	regs []tracked
 }
 
 type tracked struct {

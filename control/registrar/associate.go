@@ -46,7 +46,7 @@ func (t *Table) Associate(a *Association, life time.Duration) (*Set, error) {
 	if t.Protected(a.IMPI) || t.protectedAt(a.UE.Addr(), a.Public) {
 		return nil, ErrProtected
 	}
-	k := tupleOf(a.Local, a.UE)
+	k := t.tuple(a.Local, a.UE)
 	held := t.byTuple[k]
 	if held != nil && held.UE.IMPI != a.IMPI {
 		if !held.removing {

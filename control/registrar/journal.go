@@ -99,10 +99,10 @@ func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
 		return fmt.Errorf("%w: index %d: current set is of another UE", ErrRestore, u.Index)
 	}
 	for i, s := range u.Sets {
-		_, a := t.byTuple[s.tupleA()]
-		_, b := t.byTuple[s.tupleB()]
+		_, a := t.byTuple[t.tupleA(s)]
+		_, b := t.byTuple[t.tupleB(s)]
 		twin := slices.ContainsFunc(u.Sets[:i], func(o *Set) bool {
-			return o.tupleA() == s.tupleA() || o.tupleB() == s.tupleB() || o.Serial == s.Serial
+			return t.tupleA(o) == t.tupleA(s) || t.tupleB(o) == t.tupleB(s) || o.Serial == s.Serial
 		})
 		if a || b || twin || !s.Phase.Live() {
 			return fmt.Errorf("%w: set %#x, %s", ErrRestore, s.ID, s.Phase)
@@ -116,7 +116,7 @@ func (t *Table) Restore(u *UE, removing func(*Set) bool) error {
 	t.obs.UEs(u.State, 1)
 	for _, s := range u.Sets {
 		s.UE, s.kept, s.removing = u, true, removing(s)
-		t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
+		t.byTuple[t.tupleA(s)], t.byTuple[t.tupleB(s)] = s, s
 		if s.Clear {
 			t.obs.Associations(1)
 		} else {
@@ -188,7 +188,7 @@ func (t *Table) Expired(id uint64) bool {
 func (t *Table) Mend(sets map[uint64]sa.Counters, answered func()) (n int) {
 	for k, s := range t.byTuple {
 		c, ok := sets[s.ID]
-		if !ok || s.Clear || !s.Phase.Live() || k != s.tupleA() { // each set is there twice
+		if !ok || s.Clear || !s.Phase.Live() || k != t.tupleA(s) { // each set is there twice
 			continue
 		}
 		n++

@@ -91,7 +91,6 @@ type UE struct {
 	State     State
 	kept      bool   // by the journal
 	restored  bool   // from what a run before has kept
-	largeTurn uint8  // of large
 	portTurn  uint16 // rotates through the port-pc pool
 	IMPI      string
 	Addr      netip.Addr
@@ -114,7 +113,13 @@ type UE struct {
 
 	ofIMPI, atAddr *UE // the next one with the same IMPI, and the next one at the same address
 
-	large [4]uint64 // transactions of the latest INVITEs that went over TCP because of their size
+	large *large // nil until there was one
+}
+
+// large are the transactions of the latest INVITEs of a UE that went over TCP because of their size.
+type large struct {
+	tx   [4]uint64
+	turn uint8 // the next one to be overwritten
 }
 
 // ServiceRoute is a Service-Route (RFC 3608). UEs share it where theirs are equal: nobody changes it.
@@ -135,19 +140,27 @@ func (u *UE) Routes() []string {
 // WentOverTCP notes that an INVITE to the UE went over TCP because of its size: its CANCEL and the ACK of a non-2xx answer
 // must take the same transport (RFC 3261 §9.1 and §17.1.1.3), small as they are. tx identifies the transaction.
 func (u *UE) WentOverTCP(tx uint64) {
-	if !u.IsOverTCP(tx) {
-		u.large[u.largeTurn] = tx
-		u.largeTurn = (u.largeTurn + 1) % uint8(len(u.large))
+	if u.IsOverTCP(tx) {
+		return
 	}
+	if u.large == nil {
+		u.large = new(large)
+	}
+	l := u.large
+	l.tx[l.turn] = tx
+	l.turn = (l.turn + 1) % uint8(len(l.tx))
 }
 
 // IsOverTCP reports whether the transaction was noted by WentOverTCP; Forget takes it back.
-func (u *UE) IsOverTCP(tx uint64) bool { return slices.Contains(u.large[:], tx) }
+func (u *UE) IsOverTCP(tx uint64) bool { return u.large != nil && slices.Contains(u.large.tx[:], tx) }
 
 // Forget takes back what WentOverTCP noted, because the INVITE went over UDP after all.
 func (u *UE) Forget(tx uint64) {
-	if i := slices.Index(u.large[:], tx); i >= 0 {
-		u.large[i] = 0
+	if u.large == nil {
+		return
+	}
+	if i := slices.Index(u.large.tx[:], tx); i >= 0 {
+		u.large.tx[i] = 0
 	}
 }
 
@@ -202,8 +215,21 @@ func (u *UE) Withdraw(identity string) {
 	u.gatherIdentities()
 }
 
+// repeats reports whether a list has an element twice.
+func repeats(l []string) bool {
+	for i := range l {
+		if slices.Contains(l[:i], l[i]) {
+			return true
+		}
+	}
+	return false
+}
+
 func (u *UE) gatherIdentities() {
 	u.Identities, u.Beside = nil, nil
+	if len(u.Bindings) == 1 && !repeats(u.Bindings[0].Associated) { // the list of nearly every UE is the one that came
+		u.Identities = slices.Clip(u.Bindings[0].Associated)
+	}
 	for _, b := range u.Bindings {
 		ids := b.Associated
 		if len(ids) == 0 {
@@ -276,13 +302,20 @@ func (s *Set) HardLimit() time.Time { return s.Deadline.Add(hardMargin) }
 // Live reports whether messages may use the set.
 func (s *Set) Live() bool { return s.Phase.Live() }
 
+// tuple is a pair of ends: ours and the UE's.
 type tuple struct {
-	ue, local     [16]byte
+	ue            [16]byte
 	uePort, lport uint16
+	local         uint16 // index in Table.locals, since we have few addresses and there are two tuples for every set
 }
 
-func tupleOf(local, ue netip.AddrPort) tuple {
-	return tuple{ue: ue.Addr().As16(), local: local.Addr().As16(), uePort: ue.Port(), lport: local.Port()}
+func (t *Table) tuple(local, ue netip.AddrPort) tuple {
+	i := slices.Index(t.locals, local.Addr())
+	if i < 0 {
+		i = len(t.locals)
+		t.locals = append(t.locals, local.Addr())
+	}
+	return tuple{ue: ue.Addr().As16(), uePort: ue.Port(), lport: local.Port(), local: uint16(i)} //nolint:gosec // our own addresses
 }
 
 // Key names a UE context.
@@ -315,6 +348,7 @@ type Table struct {
 	byIMPI  map[string]*UE     // the first of those linked by ofIMPI
 	byAddr  map[netip.Addr]*UE // the first of those linked by atAddr
 	byTuple map[tuple]*Set
+	locals  []netip.Addr // of ours, as they were met
 	// leaving are dead sets whose SAs are still in the backend for resetGrace.
 	leaving map[netip.Addr][]*Set
 	// unconfirmed counts the sets of initial registrations that nobody has proved to be entitled to, by source.
@@ -401,7 +435,7 @@ func (t *Table) account(s *Set, before bool) {
 // Find returns the live set whose inbound SA matches the flow of a message that came in on a protected port, or nil.
 // The backend has authenticated the tuple: the SA's selector binds it to the SA's keys.
 func (t *Table) Find(f ims.Flow) *Set {
-	s := t.byTuple[tupleOf(f.Local, f.Remote)]
+	s := t.byTuple[t.tuple(f.Local, f.Remote)]
 	if s == nil || !s.Phase.Live() {
 		return nil
 	}
@@ -612,7 +646,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	}
 	t.makeRoom(s)
 	u.Sets = append(u.Sets, s)
-	t.byTuple[s.tupleA()], t.byTuple[s.tupleB()] = s, s
+	t.byTuple[t.tupleA(s)], t.byTuple[t.tupleB(s)] = s, s
 	t.obs.Sets(sa.Reserved, 1)
 	t.account(s, false)
 	t.installer.Install(s.Params, func(err error) {
@@ -674,7 +708,7 @@ func (t *Table) pickPorts(u *UE, o *Offer) (ps, pc uint16, err error) {
 		}
 	}
 	free := func(ue, local uint16) bool {
-		_, taken := t.byTuple[tupleOf(netip.AddrPortFrom(o.Local, local), netip.AddrPortFrom(o.UE, ue))]
+		_, taken := t.byTuple[t.tuple(netip.AddrPortFrom(o.Local, local), netip.AddrPortFrom(o.UE, ue))]
 		return !taken
 	}
 	for _, p := range candidates {
@@ -736,12 +770,12 @@ func (u *UE) freeSerial() uint8 {
 	return next
 }
 
-func (s *Set) tupleA() tuple {
-	return tupleOf(netip.AddrPortFrom(s.Local, s.Ports.PS), netip.AddrPortFrom(s.Params.UE, s.Ports.UC))
+func (t *Table) tupleA(s *Set) tuple {
+	return t.tuple(netip.AddrPortFrom(s.Local, s.Ports.PS), netip.AddrPortFrom(s.Params.UE, s.Ports.UC))
 }
 
-func (s *Set) tupleB() tuple {
-	return tupleOf(netip.AddrPortFrom(s.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US))
+func (t *Table) tupleB(s *Set) tuple {
+	return t.tuple(netip.AddrPortFrom(s.Local, s.Ports.PC), netip.AddrPortFrom(s.Params.UE, s.Ports.US))
 }
 
 // Confirm turns a temporary set into the established one after the 200 to SM7 (TS 24.229 §5.2.2.2). When SM1 had come
@@ -983,8 +1017,8 @@ func (t *Table) left(s *Set) {
 func (t *Table) makeRoom(s *Set) {
 	for _, o := range slices.Clone(t.leaving[s.Params.UE]) {
 		spis := o.SPIs.UC == s.SPIs.UC || o.SPIs.US == s.SPIs.US || o.SPIs.UC == s.SPIs.US || o.SPIs.US == s.SPIs.UC
-		a, b := o.tupleA(), o.tupleB()
-		if spis || a == s.tupleA() || a == s.tupleB() || b == s.tupleA() || b == s.tupleB() {
+		a, b := t.tupleA(o), t.tupleB(o)
+		if spis || a == t.tupleA(s) || a == t.tupleB(s) || b == t.tupleA(s) || b == t.tupleB(s) {
 			t.left(o)
 		}
 	}
@@ -1007,7 +1041,7 @@ func (t *Table) freeSPIs(s *Set) {
 func (t *Table) unlink(s *Set, e sa.Event) {
 	t.wheel.Stop(&s.timer)
 	t.happen(s, e)
-	for _, k := range []tuple{s.tupleA(), s.tupleB()} {
+	for _, k := range []tuple{t.tupleA(s), t.tupleB(s)} {
 		if t.byTuple[k] == s { // an association may have been taken over
 			delete(t.byTuple, k)
 		}

@@ -438,6 +438,9 @@ func (w *Writer) finish(flights []flight) {
 			w.release(f.e)
 		}
 	}
+	if len(w.entries) == 0 {
+		w.entries = make(map[entryKey]*entry) // a map never shrinks, and this one may have been large
+	}
 	w.inFlight, w.retryAt, w.lastErr = 0, time.Time{}, nil
 	rest := w.waiters[:0]
 	for _, x := range w.waiters {
