@@ -126,6 +126,7 @@ func (l *loader) faults(faults []store.Fault) {
 		case store.KindRegistration, store.KindFreed:
 			// What is left of it: its generation is unknown, any one that comes next is later than a lost one.
 			l.gone.Free = append(l.gone.Free, store.Freed{Context: f.Context, Gen: uint16(rand.Uint32())}) //nolint:gosec // no secret
+		case store.KindMeta, store.KindCheck: // the store does not open without them
 		}
 	}
 }
