@@ -113,6 +113,7 @@ func (w *Worker) applyReginfo(s *subscription, doc *reginfo.Document) (gap bool)
 	s.view.Own = func(aor, uri string) bool { return uri == u.Contact && known(u, aor) }
 	changes, err := s.view.Apply(doc)
 	s.view.Own = nil
+	s.view.Share(append(slices.Clone(u.Identities), u.Contact)...)
 	switch {
 	case errors.Is(err, reginfo.ErrStale):
 		w.obs.Notify(observe.NotifyStale)

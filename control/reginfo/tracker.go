@@ -105,6 +105,23 @@ func bound(regs []tracked, aor, uri string) bool {
 	})
 }
 
+// Share has the view use these strings in the place of its own where they are equal: what the caller keeps anyway need
+// not be kept twice, by however many subscriptions there are.
+func (t *Tracker) Share(known ...string) {
+	share := func(s *string) {
+		if i := slices.Index(known, *s); i >= 0 {
+			*s = known[i]
+		}
+	}
+	for i := range t.regs {
+		r := &t.regs[i]
+		share(&r.aor)
+		for j := range r.contacts {
+			share(&r.contacts[j].uri)
+		}
+	}
+}
+
 // Apply brings the view up to date (RFC 3680 §5.1) and returns what has changed. A full document replaces the view, and
 // no document can be missed before it; a partial one changes what it names, and must be the next one. With ErrGap the
 // changes are valid, only not all of them: what a document says is newer than what was missed.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -323,5 +324,24 @@ func TestOwn(t *testing.T) {
 	}
 	if got := apply(doc(Partial, old)); got != "registration_terminated sip:a ; all_gone  " {
 		t.Errorf("explicit end of a registration: %s", got)
+	}
+}
+
+// What the caller keeps anyway is not kept twice, and nothing else changes.
+func TestShare(t *testing.T) {
+	var v Tracker
+	if _, err := v.Apply(parse(t, `<reginfo version="0" state="full"><registration aor="sip:a@y" id="r" state="active">`+
+		`<contact id="c" state="active" event="registered"><uri>sip:c@z</uri></contact></registration></reginfo>`)); err != nil {
+		t.Fatal(err)
+	}
+	before := v.regs[0]
+	contact, aor := strings.Clone(before.contacts[0].uri), strings.Clone(before.aor)
+	v.Share("sip:other@y", contact, aor)
+	got := v.regs[0]
+	if unsafe.StringData(got.aor) != unsafe.StringData(aor) || unsafe.StringData(got.contacts[0].uri) != unsafe.StringData(contact) {
+		t.Error("the view has strings of its own still")
+	}
+	if got.aor != aor || got.id != before.id || got.contacts[0].uri != contact || !v.Bound(aor, contact) {
+		t.Errorf("%+v, want %+v", got, before)
 	}
 }
