@@ -199,6 +199,7 @@ func TestGuardOverrun(t *testing.T) {
 		}
 		delete(k.policies, p)
 		k.changes.lost.Store(true)
+		k.changes.tell(nl.XFRM_MSG_DELPOLICY, stranger, deletion(other, false)) // should the guard have kept up with the others
 		k.mu.Unlock()
 		synctest.Wait()
 		if !k.whole(b.policies) || b.Overruns() == 0 || b.PoliciesRestored() != 1 {
