@@ -229,7 +229,7 @@ func (p *population) flush() {
 		p.tb.Fatalf("reconciler: %v", found)
 	}
 	// Its marks fill a batch, which is reachable until the next one: that is no memory of the UEs.
-	p.w.Table().Changed(p.w.Table().Lookup(1, 0))
+	p.w.Table().Walk(1, 1, p.w.Table().Changed)
 	p.pass(time.Second)
 	if err := p.writer.Flush(p.tb.Context()); err != nil {
 		p.tb.Fatal(err)
