@@ -156,7 +156,7 @@ func describe(u *registrar.UE, now time.Time) string {
 		return "no UE"
 	}
 	line(u.IMPI, u.Addr.String(), u.Local.String(), u.State.String(), u.Contact, strings.Join(u.Identities, ","),
-		fmt.Sprint(u.Beside), fmt.Sprint(u.Route), u.NextHop.Addr.String(),
+		fmt.Sprintf("%v", u.Beside), fmt.Sprint(u.Route), u.NextHop.Addr.String(),
 		u.Expires.Sub(now).Round(time.Second).String())
 	for _, s := range u.Sets {
 		over, current := "", ""
