@@ -223,7 +223,7 @@ func TestDeregistrationAfterCrash(t *testing.T) {
 	ctx := timed(t)
 	_, early := f.lone(ctx, t)
 	_, late := f.lone(ctx, t)
-	time.Sleep(time.Second) // so that the store has it
+	f.kept(ctx, t, 2)
 	if err := f.daemon.Kill(); err != nil {
 		t.Fatal(err)
 	}

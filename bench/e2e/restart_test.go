@@ -112,6 +112,18 @@ func (f *fixture) restored(ctx context.Context, t *testing.T, how string) int {
 	return int(f.metric(ctx, t, "sa_sets_restored", fmt.Sprintf("how=%q", how)))
 }
 
+// kept waits until the store has the registrations of so many phones, a set and a registration each at least: it is written
+// to a moment after the 200, and a crash within that moment is no case of these tests.
+func (f *fixture) kept(ctx context.Context, t *testing.T, phones int) {
+	t.Helper()
+	if !eventually(ctx, caseTimeout, func() bool {
+		return f.metric(ctx, t, "store_changes_total") >= float64(2*phones) && f.metric(ctx, t, "store_pending_changes") == 0
+	}) {
+		t.Fatalf("%g changes are in the store, %g wait; %d phones have registered",
+			f.metric(ctx, t, "store_changes_total"), f.metric(ctx, t, "store_pending_changes"), phones)
+	}
+}
+
 // crowd registers many phones at once, half of them by UDP and half by TCP; the first ones by UDP.
 func (f *fixture) crowd(ctx context.Context, t *testing.T, n int, change ...func(*ue.Config)) []*end {
 	t.Helper()
@@ -206,6 +218,7 @@ func TestRestart(t *testing.T) {
 				hangUp := f.calls(ctx, t, ends)
 				kernel := backend() == "xfrm"
 				var before map[ims.SPI]kernelState
+				f.kept(ctx, t, restartPhones())
 				ready := f.restart(ctx, t, func() error {
 					if err := how.end(f); err != nil || !kernel {
 						return err
@@ -350,6 +363,7 @@ func TestRestartExpired(t *testing.T) {
 	const long, short = 4, 3
 	stay := f.crowd(ctx, t, long)
 	leave := f.crowd(ctx, t, short, func(c *ue.Config) { c.Expires = life })
+	f.kept(ctx, t, long+short)
 	f.restart(ctx, t, func() error {
 		if err := f.kill(); err != nil {
 			return err
@@ -415,6 +429,7 @@ func TestRestartOrphans(t *testing.T) {
 		return n
 	}
 	ends := f.crowd(ctx, t, 2)
+	f.kept(ctx, t, len(ends))
 	ours := 0
 	if backend() == "xfrm" {
 		ours = 4 * len(ends)
