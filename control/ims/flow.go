@@ -96,6 +96,10 @@ type Flow struct {
 	Conn      ConnID // zero for UDP
 	Transport Transport
 	Side      Side
+
+	// Label is what the ESP backend has marked the packet with after it verified it: sa.Params.Label of the SA that the
+	// packet came in on. Zero means that nobody has told, not that there was no SA.
+	Label uint32
 }
 
 // String prints the flow for logs.

@@ -47,7 +47,9 @@ var allowed = map[string][]string{
 	"control/survive": {"control/ims", "control/sa", "control/store"},
 	// The operator's side of proxy: nobody but cmd imports it.
 	"control/admin":    {"control/ims", "control/sa", "control/registrar", "control/proxy"},
+	"bpf":              {},
 	"dataplane":        {"control/ims", "control/sa", "dataplane"},
+	"dataplane/guard":  {"bpf", "control/ims", "control/sa", "dataplane/hostnet"},
 	"dataplane/sipmsg": {"control/ims", "dataplane/sipmsg"},
 	"dataplane/esp":    {"control/ims"},
 	"bench": {
@@ -70,7 +72,7 @@ var only = map[string][]string{
 	"github.com/vishvananda/netlink":      {"dataplane/xfrm", "dataplane/hostnet"},
 	"github.com/vishvananda/netns":        {"dataplane/xfrm", "dataplane/hostnet"},
 	"github.com/panjf2000/gnet":           {"dataplane/front"},
-	"github.com/cilium/ebpf":              {"dataplane/guard"},
+	"github.com/cilium/ebpf":              {"bpf", "dataplane/guard"}, // bpf: what bpf2go generates
 	"github.com/goccy/go-yaml":            {"control/config"},
 	"github.com/prometheus/client_golang": {"control/observe", "cmd"},
 	"github.com/wmnsk/milenage":           {"bench"},
