@@ -279,8 +279,8 @@ func duplicates(lns []*net.TCPListener) (fds []int, err error) {
 	return fds, nil
 }
 
-// socketMark returns the mark of a connection, 0 if it has none: with net.ipv4.tcp_fwmark_accept that of the packet which
-// opened it.
+// socketMark returns the mark of an accepted connection: with net.ipv4.tcp_fwmark_accept that of the packet which opened
+// it, else 0.
 func socketMark(c *net.TCPConn) (mark uint32) {
 	rc, err := c.SyscallConn()
 	if err != nil {
