@@ -281,15 +281,29 @@ func (w *Worker) fromClear(f ims.Flow) {
 	}
 }
 
-// fromProtected handles what arrives on a protected port. The ESP backend has authenticated the addresses and ports,
-// which name the SA and so the UE.
-func (w *Worker) fromProtected(f ims.Flow) {
+// protectedSet returns the set that a flow on a protected port belongs to. The ESP backend has authenticated the addresses
+// and ports, which name the SA and so the UE; where it has marked the packet as well, the mark must say the same. What has no
+// set, or contradicts itself, is counted, its connection reset, and nil returned.
+func (w *Worker) protectedSet(f ims.Flow) *registrar.Set {
 	s := w.table.Find(f)
-	if s == nil {
+	switch {
+	case s == nil:
 		w.obs.Drop(observe.ReasonNoSA)
-		if f.Conn != 0 {
-			w.eg.CloseConn(f.Conn, true)
-		}
+	case f.Label != 0 && f.Label != s.Label:
+		w.obs.Drop(observe.ReasonLabelMismatch)
+	default:
+		return s
+	}
+	if f.Conn != 0 {
+		w.eg.CloseConn(f.Conn, true)
+	}
+	return nil
+}
+
+// fromProtected handles what arrives on a protected port.
+func (w *Worker) fromProtected(f ims.Flow) {
+	s := w.protectedSet(f)
+	if s == nil {
 		return
 	}
 	if f.Conn != 0 {

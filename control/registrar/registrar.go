@@ -34,8 +34,11 @@ var (
 	ErrAborted = errors.New("SA set dropped while being installed")
 )
 
-// MaxUEs is how many UE contexts one table can hold: flow tokens carry 24 bits of index.
-const MaxUEs = 1<<24 - 1
+// indexBits is the size of an index in flow tokens and labels. The upper bits of a label are the worker.
+const indexBits = 24
+
+// MaxUEs is how many UE contexts one table can hold.
+const MaxUEs = 1<<indexBits - 1
 
 // hardMargin is how much longer the backend keeps an SA than we do, as a backstop for a crash.
 const hardMargin = time.Minute
@@ -433,14 +436,47 @@ func (t *Table) account(s *Set, before bool) {
 }
 
 // Find returns the live set whose inbound SA matches the flow of a message that came in on a protected port, or nil.
-// The backend has authenticated the tuple: the SA's selector binds it to the SA's keys.
+// The backend has authenticated the tuple: the SA's selector binds it to the SA's keys. A label leads to the set without a
+// look-up of the tuple; one that does not fit the tuple changes nothing here, and it is for the caller to compare it with
+// that of the set.
 func (t *Table) Find(f ims.Flow) *Set {
+	if s := t.labelled(f); s != nil {
+		return s
+	}
 	s := t.byTuple[t.tuple(f.Local, f.Remote)]
 	if s == nil || !s.Phase.Live() {
 		return nil
 	}
 	return s
 }
+
+// labelled returns the live set of a flow if its label names the context that has it. It does not where another worker has
+// installed the set, which then has gone over to this one with a restart, nor where the context has another index since.
+func (t *Table) labelled(f ims.Flow) *Set {
+	if f.Label>>indexBits != uint32(t.worker) { //nolint:gosec // at most 256 workers
+		return nil
+	}
+	u := t.at(f.Label & MaxUEs)
+	if u == nil { // as is index zero, and so label zero
+		return nil
+	}
+	for _, s := range u.Sets {
+		if s.Label == f.Label && s.receives(f) && s.Phase.Live() && !s.Clear {
+			return s
+		}
+	}
+	return nil
+}
+
+// receives reports whether a flow is that of an inbound SA of the set.
+func (s *Set) receives(f ims.Flow) bool {
+	ours, theirs := f.Local.Port(), f.Remote.Port()
+	return (ours == s.Ports.PS && theirs == s.Ports.UC || ours == s.Ports.PC && theirs == s.Ports.US) &&
+		f.Remote.Addr() == s.Params.UE && f.Local.Addr() == s.Local
+}
+
+// label is what the SAs of a context are installed with: its name, but for the generation.
+func (t *Table) label(u *UE) uint32 { return uint32(t.worker)<<indexBits | u.Index } //nolint:gosec // at most 256 workers
 
 // Lookup returns the UE context with this index and generation, or nil when it is gone.
 func (t *Table) Lookup(index uint32, gen uint16) *UE {
@@ -637,7 +673,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	s := &Set{
 		UE: u, Phase: sa.Reserved, Agreement: &Agreement{await: await, began: t.now()}, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over,
 		Params: sa.Params{
-			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
+			ID: uint64(t.worker)<<48 | t.nextID, Label: t.label(u),
 			Local: o.Local, UE: o.UE,
 			Ports: ims.Ports{UC: o.PortC, US: o.PortS, PC: pc, PS: ps},
 			SPIs:  ims.SPIs{UC: o.SPIC, US: o.SPIS, PC: spiC, PS: spiS},
