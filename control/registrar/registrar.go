@@ -117,6 +117,8 @@ type UE struct {
 	ofIMPI, atAddr *UE // the next one with the same IMPI, and the next one at the same address
 
 	large *large // nil until there was one
+
+	heard uint32 // the latest of those of sets that are gone
 }
 
 // large are the transactions of the latest INVITEs of a UE that went over TCP because of their size.
@@ -278,6 +280,8 @@ type Set struct {
 	removing bool // told to go, waiting for its grace
 	kept     bool // by the journal
 
+	heard uint32 // when the last message came in on it, in seconds of Unix time; zero: none since the process started
+
 	Deadline time.Time
 	ConnIn   ims.ConnID // connection opened by the UE, uc to ps
 	ConnOut  ims.ConnID // connection opened by us, pc to us
@@ -294,6 +298,29 @@ type Agreement struct {
 
 	await time.Duration // reg-await-auth
 	began time.Time
+}
+
+// Hear notes that a message has come in on the set, which the ESP backend has verified. On an address association it is one
+// from the phone's address and port.
+func (t *Table) Hear(s *Set) { s.heard = uint32(t.now().Unix()) } //nolint:gosec // until 2106
+
+// Heard returns when the last message came in on the set, to the second; zero: none since the process started.
+func (s *Set) Heard() time.Time { return heardAt(s.heard) }
+
+// Heard returns when the last message of the phone came in, on whatever set.
+func (u *UE) Heard() time.Time {
+	last := u.heard
+	for _, s := range u.Sets {
+		last = max(last, s.heard)
+	}
+	return heardAt(last)
+}
+
+func heardAt(seconds uint32) time.Time {
+	if seconds == 0 {
+		return time.Time{}
+	}
+	return time.Unix(int64(seconds), 0)
 }
 
 // Dropped reports whether the set was told to go.
@@ -1084,6 +1111,7 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 	}
 	u := s.UE
 	u.Sets = slices.DeleteFunc(u.Sets, func(o *Set) bool { return o == s })
+	u.heard = max(u.heard, s.heard)
 	for _, o := range u.Sets { // no dangling references to a dead set
 		if o.Over == s {
 			o.Over = nil
