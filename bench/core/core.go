@@ -94,6 +94,9 @@ type Config struct {
 	Rand        io.Reader             // source of RAND; default crypto/rand
 	LogSize     int                   // messages kept for Log, default 20000
 	Logger      *slog.Logger          // default: none
+	// Watch, if not nil, is called with each message that arrives, before it is answered: for more of them than Log keeps.
+	// Several goroutines call it, and it must not call the core.
+	Watch func(Seen)
 }
 
 // Core is a running core. Its methods may be called from any goroutine.

@@ -114,6 +114,9 @@ func (c *Core) record(in *incoming, problems ...string) {
 		c.seen = slices.Clone(c.seen[len(c.seen)-c.cfg.LogSize:])
 	}
 	c.mu.Unlock()
+	if c.cfg.Watch != nil {
+		c.cfg.Watch(*s)
+	}
 	for _, p := range problems {
 		c.log.Warn("problem", "method", s.Method, "status", s.Status, "call_id", s.CallID, "cause", p)
 	}

@@ -30,6 +30,12 @@ const (
 	settlePoll    = 5 * time.Millisecond
 )
 
+// Ancillary fields of classic BPF, from linux/filter.h: offsets below zero.
+const (
+	skfAdOff     = 0xfffff000
+	skfAdPktType = 4
+)
+
 // Stats are the counters of a capture.
 type Stats struct {
 	ESPIn, ESPOut  int // frames from and to the phones, every fragment counted
@@ -88,6 +94,9 @@ type Capture struct {
 	clear  []ClearSIP
 	frames []ESPFrame
 	bySPI  map[ims.SPI]int
+	keep   int      // ESP packets of phones that are kept whole
+	kept   [][]byte // a ring, the oldest at next
+	next   int
 	file   *os.File
 	buf    *bufio.Writer
 	pcap   *pcapgo.Writer
@@ -190,6 +199,7 @@ func (c *Capture) take(b []byte, now time.Time) {
 	case ClassESP:
 		if c.ues[0].Contains(f.src.Addr()) || c.ues[1].Contains(f.src.Addr()) {
 			c.stats.ESPIn++
+			c.keepESP(b, f)
 		} else {
 			c.stats.ESPOut++
 		}
@@ -263,6 +273,69 @@ func (c *Capture) Packets(spi ims.SPI) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.bySPI[spi]
+}
+
+// Keep makes the capture keep the last n ESP packets of phones, for replays. Fragments are left out.
+func (c *Capture) Keep(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.keep, c.kept, c.next = n, nil, 0
+}
+
+// keepESP keeps the IP packet of a frame.
+func (c *Capture) keepESP(b []byte, f frame) {
+	if c.keep == 0 || f.fragment {
+		return
+	}
+	// What is behind the packet is padding of the link.
+	p := b[etherHeader:]
+	if p[0]>>4 == 4 {
+		p = p[:binary.BigEndian.Uint16(p[2:])]
+	} else {
+		p = p[:ipv6Header+int(binary.BigEndian.Uint16(p[4:]))]
+	}
+	if len(c.kept) < c.keep {
+		c.kept = append(c.kept, slices.Clone(p))
+		return
+	}
+	c.kept[c.next] = append(c.kept[c.next][:0], p...)
+	c.next = (c.next + 1) % c.keep
+}
+
+// Kept returns the IP packets that Keep asked for, oldest first. They may be sent again as they are.
+func (c *Capture) Kept() [][]byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make([][]byte, 0, len(c.kept))
+	for i := range c.kept {
+		out = append(out, slices.Clone(c.kept[(c.next+i)%len(c.kept)]))
+	}
+	return out
+}
+
+// Outgoing lets the capture see only what the daemon sends from now on: a flood towards it would be more than the capture
+// can read, and frames that are lost void what CheckClear says.
+func (c *Capture) Outgoing() error {
+	raw, err := c.sock.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("filter capture: %w", err)
+	}
+	// Load the packet's type, an ancillary field of the kernel's; take all of the packet if it is outgoing, else nothing.
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: skfAdOff + skfAdPktType},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: unix.PACKET_OUTGOING},
+		{Code: unix.BPF_RET | unix.BPF_K, K: frameMax},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		failed = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+			&unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+	})
+	if err = errors.Join(err, failed); err != nil {
+		return fmt.Errorf("filter capture: %w", err)
+	}
+	return nil
 }
 
 // Settle waits until no frame has arrived for the given time, at most for max: what was sent before has been counted

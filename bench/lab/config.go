@@ -45,6 +45,14 @@ type DaemonOptions struct {
 	LogLevel        string        // default info
 	Pending         int           // limits.pending_registrations
 	PendingSource   int           // limits.pending_per_source; default 4096: all IPv6 phones of a lab share one /64
+	Guard           GuardOptions
+}
+
+// GuardOptions are the values of the section guard.
+type GuardOptions struct {
+	Mode          string // auto, xdp, generic, tc, off
+	RegisterRate  int    // REGISTERs per second from one source
+	RegisterBurst int
 }
 
 // DaemonConfig returns a configuration of the daemon for this lab.
@@ -103,6 +111,12 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 	if o.Backend != "" {
 		fmt.Fprintf(&b, "esp:\n  backend: %s\n", o.Backend)
 	}
+	if g := o.Guard; g != (GuardOptions{}) {
+		b.WriteString("guard:\n")
+		option(&b, "  mode", g.Mode)
+		number(&b, "  register_rate", g.RegisterRate)
+		number(&b, "  register_burst", g.RegisterBurst)
+	}
 	fmt.Fprintf(&b, "metrics:\n  listen: \"127.0.0.1:%d\"\n", PortMetrics)
 	fmt.Fprintf(&b, "admin:\n  socket: %s\n", strconv.Quote(l.AdminSocket()))
 	if o.LogLevel != "" {
@@ -127,6 +141,12 @@ func ports(p []uint16) string {
 func option(b *strings.Builder, key, value string) {
 	if value != "" {
 		fmt.Fprintf(b, "%s: %s\n", key, value)
+	}
+}
+
+func number(b *strings.Builder, key string, n int) {
+	if n != 0 {
+		fmt.Fprintf(b, "%s: %d\n", key, n)
 	}
 }
 

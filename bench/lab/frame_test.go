@@ -187,3 +187,40 @@ func TestCaptureCounts(t *testing.T) {
 		t.Errorf("got %+v", m)
 	}
 }
+
+// The last packets of phones are kept as they were, and can be sent again.
+func TestCaptureKeeps(t *testing.T) {
+	esp := func(src, dst string, fragment uint16, n byte) []byte {
+		return packet(src, dst, protoESP, fragment, nil, []byte{0, 0, 1, 0, 0, 0, 0, n, n, n, n, n})
+	}
+	up4 := func(n byte) []byte { return esp("10.45.0.1", "10.0.0.5", 0, n) }
+	c := testCapture(up4(0)) // before anybody asked
+	c.Keep(3)
+	for _, f := range [][]byte{
+		up4(1), esp("10.0.0.5", "10.45.0.1", 0, 9), up4(2), esp("10.45.0.1", "10.0.0.5", moreFragment, 9), up(register),
+	} {
+		c.take(f, time.Unix(1, 0))
+	}
+	v6 := esp("2001:db8:45::1", "2001:db8::5", 0, 4)
+	kept := func(want ...[]byte) {
+		t.Helper()
+		got := c.Kept()
+		if len(got) != len(want) {
+			t.Fatalf("%d packets, want %d", len(got), len(want))
+		}
+		for i := range got {
+			if string(got[i]) != string(want[i][etherHeader:]) {
+				t.Errorf("packet %d: %x, want %x", i, got[i], want[i][etherHeader:])
+			}
+		}
+	}
+	kept(up4(1), up4(2))
+	c.take(append(up4(3), make([]byte, 6)...), time.Unix(1, 0)) // padding of the link
+	c.take(v6, time.Unix(1, 0))
+	kept(up4(2), up4(3), v6)
+	c.take(up4(5), time.Unix(1, 0))
+	kept(up4(3), v6, up4(5))
+	c.Keep(0)
+	c.take(up4(6), time.Unix(1, 0))
+	kept()
+}

@@ -9,7 +9,8 @@
 //	                          mw0 10.0.1.5 ──────────────────── core0 10.0.1.9
 //	                              2001:db8:1::5                       2001:db8:1::9
 //
-// The phones' addresses are AnyIP routes, so any number of them costs nothing. Nothing is forwarded between the two
+// The phones' addresses are AnyIP routes, so any number of them costs nothing. Behind the same link lie those of strangers,
+// whom nobody is: what is sent to them ends in the namespace ue. Nothing is forwarded between the two
 // links: what a phone and the core exchange has passed through the daemon. The lab is always dual stack; Options.IPv6
 // only says which family its own answers (Plan, DaemonConfig) name.
 //
@@ -60,6 +61,7 @@ type Plan struct {
 	Mw        netip.Addr
 	Core      netip.Addr
 	UEs       netip.Prefix // every address in it is a phone's
+	Strangers netip.Prefix // every address in it is nobody's
 }
 
 var (
@@ -69,6 +71,7 @@ var (
 		Mw:        netip.MustParseAddr("10.0.1.5"),
 		Core:      netip.MustParseAddr("10.0.1.9"),
 		UEs:       netip.MustParsePrefix("10.45.0.0/16"),
+		Strangers: netip.MustParsePrefix("198.18.0.0/15"), // RFC 2544
 	}
 	plan6 = Plan{
 		UEGateway: netip.MustParseAddr("2001:db8::1"),
@@ -76,6 +79,7 @@ var (
 		Mw:        netip.MustParseAddr("2001:db8:1::5"),
 		Core:      netip.MustParseAddr("2001:db8:1::9"),
 		UEs:       netip.MustParsePrefix("2001:db8:45::/64"),
+		Strangers: netip.MustParsePrefix("2001:db8:8000::/33"),
 	}
 )
 
@@ -98,6 +102,22 @@ func (p Plan) UE(i int) netip.Addr {
 	b := p.UEs.Addr().AsSlice()
 	tail := b[len(b)-2:]
 	binary.BigEndian.PutUint16(tail, binary.BigEndian.Uint16(tail)+uint16(i)+1) //nolint:gosec // checked above
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// Stranger returns the address of stranger i, counted from 0. Each is a source of its own: in IPv6, of another /64. It
+// panics beyond MaxUEs, which is a mistake of the caller.
+func (p Plan) Stranger(i int) netip.Addr {
+	if i < 0 || i >= MaxUEs {
+		panic(fmt.Sprintf("lab: stranger %d is outside of the address plan", i))
+	}
+	b := p.Strangers.Addr().AsSlice()
+	at := 2
+	if p.Strangers.Addr().Is6() {
+		at, b[15] = 6, 1
+	}
+	binary.BigEndian.PutUint16(b[at:], uint16(i)+1) //nolint:gosec // checked above
 	a, _ := netip.AddrFromSlice(b)
 	return a
 }
@@ -193,8 +213,10 @@ func (l *Lab) build() error {
 				return err
 			}
 		}
-		if err := l.GM.AddRoute(LinkGm, p.UEs, p.UEGateway); err != nil {
-			return err
+		for _, behind := range []netip.Prefix{p.UEs, p.Strangers} {
+			if err := l.GM.AddRoute(LinkGm, behind, p.UEGateway); err != nil {
+				return err
+			}
 		}
 		if err := l.UE.AddLocal(p.UEs); err != nil {
 			return err

@@ -104,6 +104,15 @@ func TestPlan(t *testing.T) {
 	if got := PlanOf(false).UE(299).String(); got != "10.45.1.44" {
 		t.Errorf("got %s", got)
 	}
+	for v6, want := range map[bool]string{false: "198.18.1.44", true: "2001:db8:8000:12c::1"} {
+		p := PlanOf(v6)
+		if got := p.Stranger(299).String(); got != want {
+			t.Errorf("stranger 299 is %s, want %s", got, want)
+		}
+		if first, last := p.Stranger(0), p.Stranger(MaxUEs-1); !p.Strangers.Contains(first) || !p.Strangers.Contains(last) || p.UEs.Overlaps(p.Strangers) {
+			t.Errorf("strangers %s to %s are not within %s, or phones are", first, last, p.Strangers)
+		}
+	}
 }
 
 func TestOwnerPID(t *testing.T) {
@@ -134,6 +143,20 @@ func TestParseMetrics(t *testing.T) {
 			t.Errorf("Sum(b, %v) = %g, want %g", tt.labels, got, tt.want)
 		}
 	}
+	for _, tt := range []struct {
+		label  string
+		labels []string
+		want   map[string]float64
+	}{
+		{"x", nil, map[string]float64{"p q": 2.5, "r": 1000}},
+		{"y", nil, map[string]float64{"2": 1002.5}},
+		{"x", []string{`x="r"`}, map[string]float64{"r": 1000}},
+		{"z", nil, map[string]float64{}},
+	} {
+		if diff := cmp.Diff(tt.want, By(m, "b", tt.label, tt.labels...)); diff != "" {
+			t.Errorf("By(b, %s, %v): %s", tt.label, tt.labels, diff)
+		}
+	}
 	for _, bad := range []string{"a\n", "a x\n"} {
 		if _, err := ParseMetrics(strings.NewReader(bad)); err == nil {
 			t.Errorf("%q was accepted", bad)
@@ -147,6 +170,7 @@ func TestDaemonConfig(t *testing.T) {
 	got := l.DaemonConfig(DaemonOptions{
 		Backend: "userspace", Workers: 1, Suites: ims.Suites()[:2], SecurityServer: "list", ClearRequests: "drop",
 		OldSet: 2 * time.Second, RegisterTimeout: 1500 * time.Millisecond, HealthInterval: -1, LogLevel: "debug",
+		Guard: GuardOptions{Mode: "generic", RegisterBurst: 8},
 	})
 	want := `instance: lab
 workers: 1
@@ -174,6 +198,9 @@ store:
   path: ""
 esp:
   backend: userspace
+guard:
+  mode: generic
+  register_burst: 8
 metrics:
   listen: "127.0.0.1:9464"
 admin:
@@ -473,5 +500,55 @@ func TestCloseRemovesEverything(t *testing.T) {
 	}
 	if left := namespaces(t, l.name+"-*"); len(left) > 0 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// TestCaptureOutgoing narrows a capture down to what the daemon's side sends. That has a way to strangers too.
+func TestCaptureOutgoing(t *testing.T) {
+	l := newLab(t, Options{Prefix: "gmlab"})
+	c, err := l.Capture("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Outgoing(); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []Plan{plan4, plan6} {
+		var gm, phone *net.UDPConn
+		listen := func(to **net.UDPConn, a netip.Addr) func() error {
+			return func() (err error) {
+				*to, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 5060)))
+				return err
+			}
+		}
+		if err := errors.Join(l.GM.Do(listen(&gm, p.Gm)), l.UE.Do(listen(&phone, p.UE(0)))); err != nil {
+			t.Fatal(err)
+		}
+		defer gm.Close()
+		defer phone.Close()
+		for range 3 {
+			if _, err := phone.WriteToUDPAddrPort([]byte(register), netip.AddrPortFrom(p.Gm, 5060)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, to := range []netip.Addr{p.UE(0), p.Stranger(0), p.Stranger(MaxUEs - 1)} {
+			if _, err := gm.WriteToUDPAddrPort([]byte(answer("401")), netip.AddrPortFrom(to, 5060)); err != nil {
+				t.Errorf("to %s: %v", to, err)
+			}
+		}
+	}
+	c.Settle(50*time.Millisecond, 2*time.Second)
+	got := map[string]int{}
+	for _, m := range c.Clear() {
+		got[m.String()]++
+	}
+	want := map[string]int{}
+	for _, p := range []Plan{plan4, plan6} {
+		for _, to := range []netip.Addr{p.UE(0), p.Stranger(0), p.Stranger(MaxUEs - 1)} {
+			want[fmt.Sprintf("401 (REGISTER) udp %s->%s", netip.AddrPortFrom(p.Gm, 5060), netip.AddrPortFrom(to, 5060))] = 1
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("seen: %s", diff)
 	}
 }

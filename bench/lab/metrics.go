@@ -39,19 +39,42 @@ func ParseMetrics(r io.Reader) (map[string]float64, error) {
 // Sum adds up every series of a metric that carries all the given labels, each written `name="value"`.
 func Sum(m map[string]float64, name string, labels ...string) float64 {
 	total := 0.0
-series:
 	for key, v := range m {
-		base, rest, _ := strings.Cut(key, "{")
-		if base != name {
-			continue
+		if _, ok := carries(key, name, labels); ok {
+			total += v
 		}
-		rest = "," + strings.TrimSuffix(rest, "}") + ","
-		for _, l := range labels {
-			if !strings.Contains(rest, ","+l+",") {
-				continue series
-			}
-		}
-		total += v
 	}
 	return total
+}
+
+// By does the same for each value of a label, the series without it left out.
+func By(m map[string]float64, name, label string, labels ...string) map[string]float64 {
+	out := map[string]float64{}
+	for key, v := range m {
+		rest, ok := carries(key, name, labels)
+		if !ok {
+			continue
+		}
+		if _, value, ok := strings.Cut(rest, ","+label+`="`); ok {
+			value, _, _ = strings.Cut(value, `",`)
+			out[value] += v
+		}
+	}
+	return out
+}
+
+// carries reports whether a series is of a metric and has all the labels, and returns those that it has with a comma on
+// either side of each.
+func carries(key, name string, labels []string) (all string, ok bool) {
+	base, rest, _ := strings.Cut(key, "{")
+	if base != name {
+		return "", false
+	}
+	rest = "," + strings.TrimSuffix(rest, "}") + ","
+	for _, l := range labels {
+		if !strings.Contains(rest, ","+l+",") {
+			return "", false
+		}
+	}
+	return rest, true
 }

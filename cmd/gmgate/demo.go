@@ -40,13 +40,14 @@ const (
 	// Stories.
 	demoTour      = "tour"
 	demoLifecycle = "lifecycle"
+	demoAttack    = "attack"
 )
 
 // demoFlags are the command line of `gmgate demo`.
 type demoFlags struct {
 	backend, ueESP, ip, transport, alg, capture string
-	story                                       string
-	ues, workers                                int
+	story, guard                                string
+	ues, workers, rate                          int
 	keepLog, noColour                           bool
 
 	suites []ims.Suite // offered by the phones
@@ -76,10 +77,10 @@ func demoParse(args []string, stderr io.Writer) (demoFlags, int) {
 	var o demoFlags
 	fs := flag.NewFlagSet("gmgate demo", flag.ContinueOnError)
 	fs.SetOutput(stderr)
-	fs.StringVar(&o.story, "story", demoTour, "what is shown: tour (many phones, everything they do), or lifecycle (the SA sets in the life of one phone)")
+	fs.StringVar(&o.story, "story", demoTour, "what is shown: tour (many phones, everything they do), lifecycle (the SA sets in the life of one phone), or attack (phones that call through floods)")
 	fs.StringVar(&o.backend, "backend", "auto", "ESP of gmgate: auto, userspace or xfrm")
 	fs.StringVar(&o.ueESP, "ue-esp", "userspace", "ESP of the phones: userspace or xfrm")
-	fs.IntVar(&o.ues, "ues", 4, "number of phones, 2 to 1000")
+	fs.IntVar(&o.ues, "ues", 4, "number of phones, 2 to 1000; in the attack 4 to 200, by default 20")
 	fs.StringVar(&o.transport, "transport", "udp", "transport that the phones prefer: udp or tcp")
 	fs.StringVar(&o.ip, "ip", "4", "IP version: 4 or 6")
 	fs.BoolFunc("ipv6", "the same as -ip 6", func(v string) error {
@@ -92,6 +93,8 @@ func demoParse(args []string, stderr io.Writer) (demoFlags, int) {
 	fs.StringVar(&o.alg, "alg", "", "the one `pair` that the phones offer, for example hmac-sha-1-96=aes-cbc (default: several, gmgate's list decides)")
 	fs.StringVar(&o.capture, "capture", "", "write a pcap `file` of the Gm link, and FILE.esp_sa to decrypt it in Wireshark")
 	fs.IntVar(&o.workers, "workers", 2, "workers of gmgate")
+	fs.StringVar(&o.guard, "guard", "", "guard of gmgate: auto, xdp, generic, tc or off (default: gmgate's own)")
+	fs.IntVar(&o.rate, "rate", 0, "packets per second of each attack (default: by what this machine can send, 30000 at most)")
 	fs.BoolVar(&o.keepLog, "keep-log", false, "keep gmgate's log")
 	fs.BoolVar(&o.noColour, "no-color", false, "no colours")
 	switch err := fs.Parse(args); {
@@ -109,21 +112,32 @@ func demoParse(args []string, stderr io.Writer) (demoFlags, int) {
 	if fs.NArg() > 0 {
 		problems = append(problems, fmt.Sprintf("unexpected argument %q", fs.Arg(0)))
 	}
-	oneOf("story", o.story, demoTour, demoLifecycle)
+	oneOf("story", o.story, demoTour, demoLifecycle, demoAttack)
+	oneOf("guard", o.guard, "", "auto", "xdp", "generic", "tc", "off")
 	oneOf("backend", o.backend, "auto", "userspace", "xfrm")
 	oneOf("ue-esp", o.ueESP, ue.Userspace, ue.XFRM)
 	oneOf("transport", o.transport, "udp", "tcp")
 	oneOf("ip", o.ip, "4", "6")
-	if o.ues < 2 || o.ues > demoMaxPhones {
-		problems = append(problems, fmt.Sprintf("-ues %d: want 2 to %d, phones call each other", o.ues, demoMaxPhones))
-	}
-	if o.story == demoLifecycle {
-		fs.Visit(func(f *flag.Flag) {
-			if f.Name == "ues" {
-				problems = append(problems, "-ues is for the tour: the story of a life has one phone, and one that it calls")
-			}
-		})
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	least, most := 2, demoMaxPhones
+	switch {
+	case o.story == demoAttack:
+		least, most = demoAttackLeast, demoAttackMost
+		if !given["ues"] {
+			o.ues = demoAttackPhones
+		}
+	case o.story == demoLifecycle:
+		if given["ues"] {
+			problems = append(problems, "-ues is for the other stories: that of a life has one phone, and one that it calls")
+		}
 		o.ues = 2
+	}
+	if o.ues < least || o.ues > most {
+		problems = append(problems, fmt.Sprintf("-ues %d: want %d to %d, phones call each other", o.ues, least, most))
+	}
+	if given["rate"] && (o.story != demoAttack || o.rate < 1 || o.rate > demoAttackRate) {
+		problems = append(problems, fmt.Sprintf("-rate %d: want 1 to %d, and the story %s", o.rate, demoAttackRate, demoAttack))
 	}
 	if o.workers < 1 || o.workers > 64 {
 		problems = append(problems, fmt.Sprintf("-workers %d: want 1 to 64", o.workers))
@@ -177,6 +191,11 @@ type demo struct {
 	backend string // in use
 	cleanup []func() error
 	sas     []lab.SA // of every set that was ever made, for the capture
+
+	others int               // subscribers beside those of the phones
+	subs   []core.Subscriber // all of them
+	watch  func(core.Seen)   // sees what arrives at the core; may be nil
+	talks  [][]string        // table of the ESP packets by UE, for the summary
 }
 
 // errStopped ends the story after a step that everything later depends on.
@@ -188,8 +207,11 @@ func (d *demo) run(ctx context.Context) {
 	chapters := []func(context.Context) error{
 		d.build, d.registerFirst, d.registerOthers, d.messages, d.calls, d.events, d.reregister, d.deregister, d.verify,
 	}
-	if d.o.story == demoLifecycle {
+	switch d.o.story {
+	case demoLifecycle:
 		chapters = d.lifecycle()
+	case demoAttack:
+		chapters = d.attack()
 	}
 	for _, chapter := range chapters {
 		if ctx.Err() != nil || chapter(ctx) != nil {
@@ -231,15 +253,16 @@ func (d *demo) build(ctx context.Context) error {
 		d.onClose(d.lab.Close)
 		return d.lab.UE.Name() + ", -gm, -core", nil
 	}) && d.step(ctx, "IMS core", func(context.Context) (detail string, err error) {
-		subs := core.Subscribers(d.o.ues, demoDomain)
+		subs := core.Subscribers(d.o.ues+d.others, demoDomain)
 		d.core, err = core.Start(core.Config{
-			NS: d.lab.Core, Addr: netip.AddrPortFrom(d.plan.Core, lab.PortCore), Domain: demoDomain, Subscribers: subs,
+			NS: d.lab.Core, Addr: netip.AddrPortFrom(d.plan.Core, lab.PortCore), Domain: demoDomain, Subscribers: subs, Watch: d.watch,
 		})
 		if err != nil {
 			return "", err
 		}
 		d.onClose(d.core.Close)
-		for i, s := range subs {
+		d.subs = subs
+		for i, s := range subs[:d.o.ues] {
 			d.phones = append(d.phones, &phone{sub: s, addr: d.plan.UE(i), name: fmt.Sprintf("phone %d", i+1)})
 		}
 		return fmt.Sprintf("%s, %d subscribers", d.core.Addr(), len(subs)), nil
@@ -263,13 +286,7 @@ func (d *demo) build(ctx context.Context) error {
 			}
 			d.onClose(d.farm.Close)
 			for i, p := range d.phones {
-				p.UE, err = d.farm.NewUE(ue.Config{
-					Identity: ue.Identity{IMPI: p.sub.IMPI, Domain: p.sub.Domain, K: p.sub.K, OPc: p.sub.OPc},
-					Addr:     p.addr, Transport: d.o.tr, Offers: d.o.suites, Ring: 50 * time.Millisecond,
-					// Both kinds of phone exist: those that follow RFC 3261 §18.1.1 and those that send everything by UDP.
-					Quirks: ue.Quirks{LargeUDP: d.o.tr == ims.UDP && i%2 == 0},
-				})
-				if err != nil {
+				if err := d.switchOn(i, p); err != nil {
 					return "", err
 				}
 			}
@@ -284,6 +301,17 @@ func (d *demo) build(ctx context.Context) error {
 	}
 	d.kernelCounts(ctx, "before the first registration")
 	return nil
+}
+
+// switchOn makes the UE of phone i.
+func (d *demo) switchOn(i int, p *phone) (err error) {
+	p.UE, err = d.farm.NewUE(ue.Config{
+		Identity: ue.Identity{IMPI: p.sub.IMPI, Domain: p.sub.Domain, K: p.sub.K, OPc: p.sub.OPc},
+		Addr:     p.addr, Transport: d.o.tr, Offers: d.o.suites, Ring: 50 * time.Millisecond,
+		// Both kinds of phone exist: those that follow RFC 3261 §18.1.1 and those that send everything by UDP.
+		Quirks: ue.Quirks{LargeUDP: d.o.tr == ims.UDP && i%2 == 0},
+	})
+	return err
 }
 
 func suiteNames(list []ims.Suite) string {
@@ -311,9 +339,13 @@ func (d *demo) startDaemon(ctx context.Context) (string, error) {
 	if d.config == "" {
 		o := lab.DaemonOptions{
 			Backend: d.o.backend, Workers: d.o.workers, OldSet: d.oldSet(), RegAwaitAuth: demoAwaitAuth, HealthInterval: -1, LogLevel: "debug",
+			Guard: lab.GuardOptions{Mode: d.o.guard},
 		}
-		if d.o.story == demoLifecycle {
+		switch d.o.story {
+		case demoLifecycle:
 			o.StorePath, o.Reconcile = filepath.Join(filepath.Dir(d.lab.AdminSocket()), "gmgate.db"), demoReconcile
+		case demoAttack:
+			attackOptions(&o, d.o)
 		}
 		d.config = d.lab.DaemonConfig(o)
 		d.admin = admin.NewClient(d.lab.AdminSocket())
@@ -384,48 +416,54 @@ func (d *demo) registerFirst(ctx context.Context) error {
 func (d *demo) registerOthers(ctx context.Context) error {
 	rest := d.phones[1:]
 	d.c.section("The other phones, all at once")
-	ok := d.step(ctx, fmt.Sprintf("%d more registered", len(rest)), func(ctx context.Context) (string, error) {
-		gate := make(chan struct{}, demoConcurrent)
-		errs := make([]error, len(rest))
-		times := make([]time.Duration, len(rest))
-		var wg sync.WaitGroup
-		for i, p := range rest {
-			wg.Go(func() {
-				gate <- struct{}{}
-				defer func() { <-gate }()
-				begin := time.Now()
-				errs[i] = d.register(ctx, p)
-				times[i] = time.Since(begin)
-			})
-		}
-		wg.Wait()
-		if err := errors.Join(errs...); err != nil {
-			return "", err
-		}
-		for _, p := range rest {
-			if err := d.noteSAs(p); err != nil {
-				return "", err
-			}
-		}
-		slices.Sort(times)
-		return fmt.Sprintf("median %s, slowest %s", millis(times[len(times)/2]), millis(times[len(times)-1])), nil
-	})
+	ok := d.step(ctx, fmt.Sprintf("%d more registered", len(rest)), func(ctx context.Context) (string, error) { return d.registerAll(ctx, rest) })
 	if !ok {
 		return errStopped
 	}
-	d.step(ctx, "SAs in place", func(ctx context.Context) (string, error) {
-		m, err := d.daemon.Metrics(ctx)
-		if err != nil {
-			return "", err
-		}
-		sets, sas := lab.Sum(m, "gmgate_sa_sets", `phase="established"`), lab.Sum(m, "gmgate_esp_sas")
-		if int(sets) != d.o.ues || int(sas) != 4*d.o.ues {
-			return "", fmt.Errorf("%g sets and %g SAs for %d phones", sets, sas, d.o.ues)
-		}
-		return fmt.Sprintf("%g sets, %g SAs", sets, sas), nil
-	})
+	d.step(ctx, "SAs in place", d.inPlace)
 	d.kernelCounts(ctx, "with all phones")
 	return nil
+}
+
+// registerAll registers phones at the same time and says how long it took.
+func (d *demo) registerAll(ctx context.Context, phones []*phone) (string, error) {
+	gate := make(chan struct{}, demoConcurrent)
+	errs := make([]error, len(phones))
+	times := make([]time.Duration, len(phones))
+	var wg sync.WaitGroup
+	for i, p := range phones {
+		wg.Go(func() {
+			gate <- struct{}{}
+			defer func() { <-gate }()
+			begin := time.Now()
+			errs[i] = d.register(ctx, p)
+			times[i] = time.Since(begin)
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return "", err
+	}
+	for _, p := range phones {
+		if err := d.noteSAs(p); err != nil {
+			return "", err
+		}
+	}
+	slices.Sort(times)
+	return fmt.Sprintf("median %s, slowest %s", millis(times[len(times)/2]), millis(times[len(times)-1])), nil
+}
+
+// inPlace says that there are as many SA sets and SAs as phones need.
+func (d *demo) inPlace(ctx context.Context) (string, error) {
+	m, err := d.daemon.Metrics(ctx)
+	if err != nil {
+		return "", err
+	}
+	sets, sas := lab.Sum(m, "gmgate_sa_sets", `phase="established"`), lab.Sum(m, "gmgate_esp_sas")
+	if int(sets) != d.o.ues || int(sas) != 4*d.o.ues {
+		return "", fmt.Errorf("%g sets and %g SAs for %d phones", sets, sas, d.o.ues)
+	}
+	return fmt.Sprintf("%g sets, %g SAs", sets, sas), nil
 }
 
 func (d *demo) messages(ctx context.Context) error {
@@ -622,6 +660,10 @@ func (d *demo) waitSets(ctx context.Context, n int) error {
 
 func (d *demo) deregister(ctx context.Context) error {
 	d.c.section("De-registration")
+	d.step(ctx, "what the phones have sent", func(ctx context.Context) (detail string, err error) {
+		d.talks, detail, err = d.traffic(ctx)
+		return detail, err
+	})
 	d.step(ctx, fmt.Sprintf("%d phones leave", len(d.phones)), func(ctx context.Context) (string, error) {
 		errs := make([]error, len(d.phones))
 		var wg sync.WaitGroup

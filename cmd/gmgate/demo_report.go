@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -15,6 +17,7 @@ import (
 	"github.com/gmgate/gmgate/bench/core"
 	"github.com/gmgate/gmgate/bench/lab"
 	"github.com/gmgate/gmgate/bench/ue"
+	"github.com/gmgate/gmgate/control/admin"
 	"github.com/gmgate/gmgate/control/ims"
 )
 
@@ -212,9 +215,8 @@ func (d *demo) checkMetrics(m map[string]float64) (string, error) {
 func (d *demo) summary(s lab.Stats, messages int) {
 	d.c.section("Summary")
 	rows := [][]string{{"phone", "number", "address", "algorithms", "registration", "to SM6", "to SM12"}}
-	const most = 8
 	for i, p := range d.phones {
-		if i == most {
+		if i == demoRows {
 			break
 		}
 		t := p.made.Timings
@@ -224,7 +226,7 @@ func (d *demo) summary(s lab.Stats, messages int) {
 		})
 	}
 	d.c.table(rows)
-	if more := len(d.phones) - most; more > 0 {
+	if more := len(d.phones) - demoRows; more > 0 {
 		d.c.note("… and %d more", more)
 	}
 	d.c.line("")
@@ -235,6 +237,89 @@ func (d *demo) summary(s lab.Stats, messages int) {
 		{"ESP to the phones", fmt.Sprintf("%d  (%d octets in all, %d fragments)", s.ESPOut, s.ESPBytes, s.ESPFragments)},
 		{"messages at the core", fmt.Sprintf("%d", messages)},
 	})
+}
+
+// espPackets says how many ESP packets went on the SAs that a UE has: from it, and to it.
+func espPackets(u admin.UE) (in, out uint64) {
+	for _, s := range u.Sets {
+		if q := s.Sequences; q != nil {
+			in, out = in+uint64(q.PC)+uint64(q.PS), out+uint64(q.UC)+uint64(q.US)
+		}
+	}
+	return in, out
+}
+
+// demoRows is how many phones a table shows.
+const demoRows = 8
+
+// traffic asks gmgate for the ESP packets by UE, and finds a phone odd that has sent or got none.
+func (d *demo) traffic(ctx context.Context) (rows [][]string, detail string, err error) {
+	list, _, err := d.admin.UEs(ctx, admin.Query{}, demoMaxPhones)
+	if err != nil {
+		return nil, "", err
+	}
+	if len(list) != len(d.phones) {
+		return nil, "", fmt.Errorf("gmgate has %d contexts for %d phones", len(list), len(d.phones))
+	}
+	names := map[string]string{}
+	for _, p := range d.phones {
+		names[p.sub.IMPI] = p.name
+	}
+	var in, out uint64
+	for _, u := range list {
+		if u, err = d.admin.UE(ctx, u.ID, true); err != nil {
+			return nil, "", err
+		}
+		from, to := espPackets(u)
+		if from == 0 || to == 0 {
+			return nil, "", fmt.Errorf("%s has sent %d ESP packets and got %d", names[u.IMPI], from, to)
+		}
+		in, out = in+from, out+to
+		rows = append(rows, []string{names[u.IMPI][len("phone "):], u.Address, fmt.Sprint(from), fmt.Sprint(to)})
+	}
+	slices.SortFunc(rows, func(a, b []string) int { return cmp.Or(cmp.Compare(len(a[0]), len(b[0])), cmp.Compare(a[0], b[0])) })
+	return rows, fmt.Sprintf("ESP packets on their SAs: %d to gmgate, %d from it", in, out), nil
+}
+
+// guardSummary shows the ESP packets by UE, and what the guard counted.
+func (d *demo) guardSummary(m map[string]float64) {
+	if len(d.talks) > 0 {
+		d.c.line("")
+		d.c.table(append([][]string{{"ESP packets by UE", "address", "from it", "to it"}}, d.talks[:min(demoRows, len(d.talks))]...))
+		if more := len(d.talks) - demoRows; more > 0 {
+			d.c.note("… and %d more", more)
+		}
+	}
+	d.c.line("")
+	hook := guardOf(m)
+	if hook == "" {
+		d.c.note("no guard: ESP backend, policies and SIP drop what does not belong here")
+		return
+	}
+	drops := lab.By(m, "gmgate_bpf_packets_total", "reason", `verdict="drop"`)
+	passed := lab.Sum(m, "gmgate_bpf_packets_total", `verdict="pass"`)
+	d.c.note("guard (%s): %.0f packets passed, dropped: %s", hook, passed, byReason(drops))
+}
+
+// guardOf names where the guard sits, empty if there is none.
+func guardOf(m map[string]float64) string {
+	return strings.Join(slices.Sorted(maps.Keys(lab.By(m, "gmgate_guard_info", "hook"))), ", ")
+}
+
+// byReason prints counts, the largest first, those of zero left out.
+func byReason(counts map[string]float64) string {
+	var parts []string
+	for _, r := range slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
+		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
+	}) {
+		if counts[r] != 0 {
+			parts = append(parts, fmt.Sprintf("%s %.0f", r, counts[r]))
+		}
+	}
+	if len(parts) == 0 {
+		return "nothing"
+	}
+	return strings.Join(parts, ", ")
 }
 
 // close takes everything down, newest first.
