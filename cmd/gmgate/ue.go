@@ -287,7 +287,7 @@ func formatUE(b *strings.Builder, u *admin.UE, now time.Time) {
 	if u.NextHop != "" {
 		line("next hop", u.NextHop)
 	}
-	if t := traffic(u, now); t != "" {
+	if t := trafficLine(u, now); t != "" {
 		line("traffic", t)
 	}
 	b.WriteByte('\n')
@@ -298,8 +298,8 @@ func formatUE(b *strings.Builder, u *admin.UE, now time.Time) {
 	}
 }
 
-// traffic says what has come in of a phone. Its ESP packets are counted before they are verified.
-func traffic(u *admin.UE, now time.Time) string {
+// trafficLine says what has come in of a phone. Its ESP packets are counted before they are verified.
+func trafficLine(u *admin.UE, now time.Time) string {
 	var says []string
 	if e := u.ESP; e != nil {
 		says = append(says, fmt.Sprintf("%d ESP packets, %s", e.Packets, octets(e.Bytes)))

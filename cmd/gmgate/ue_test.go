@@ -148,7 +148,7 @@ func TestTraffic(t *testing.T) {
 		"5 ESP packets, 18446744.1 TB":               {ESP: &admin.ESP{Packets: 5, Bytes: 1<<64 - 1}},
 		"6 ESP packets, 1 B; the last one 1m00s ago": {ESP: &admin.ESP{Packets: 6, Bytes: 1, Last: last}},
 	} {
-		if got := traffic(&u, ueNow); got != want {
+		if got := trafficLine(&u, ueNow); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}
