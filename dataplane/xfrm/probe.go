@@ -45,6 +45,9 @@ type Support struct {
 // Err returns nil when at least one pair works for at least one family, and otherwise why none does.
 func (s *Support) Err() error { return s.err }
 
+// LargeWindow reports whether replay windows of more than 32 packets work.
+func (s *Support) LargeWindow() bool { return s.largeWindow }
+
 // LogValue implements slog.LogValuer.
 func (s *Support) LogValue() slog.Value { return slog.StringValue(s.Reason) }
 
@@ -54,14 +57,14 @@ func (s *Support) LogValue() slog.Value { return slog.StringValue(s.Reason) }
 func Probe(ns *hostnet.NS) Support {
 	s, err := openSocket(ns)
 	if err != nil {
-		return refused(classify(err))
+		return Unsupported(classify(err))
 	}
 	defer func() { _ = s.close() }()
 	return probe(newConn(s))
 }
 
-// refused is the Support of a kernel that does not even answer.
-func refused(err error) Support { return Support{Reason: err.Error(), err: err} }
+// Unsupported is the Support of a kernel that cannot do ESP at all; err says why.
+func Unsupported(err error) Support { return Support{Reason: err.Error(), err: err} }
 
 // probeFamily is a pair of addresses of one family.
 type probeFamily struct{ src, dst netip.Addr }
@@ -101,7 +104,7 @@ func probe(c *conn) Support {
 				keys: &keys, reqid: 0, window: window, life: lifetimeOf(0, probeLife),
 			})
 			if err != nil { // the tables of this package disagree with each other
-				return refused(err)
+				return Unsupported(err)
 			}
 			ids = append(ids, id)
 		}
@@ -118,7 +121,7 @@ func probe(c *conn) Support {
 		}
 	}
 	if _, err := c.removeStates(added); err != nil {
-		return refused(fmt.Errorf("remove the states of the probe: %w", err))
+		return Unsupported(fmt.Errorf("remove the states of the probe: %w", err))
 	}
 	return judge(suites, results)
 }
