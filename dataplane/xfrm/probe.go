@@ -33,20 +33,17 @@ type Missing struct {
 
 // Support says what the kernel's ESP can do.
 type Support struct {
-	V4, V6  bool        // ESP exists for the address family
-	Suites  []ims.Suite // pairs that work, in the order of ims.Suites
-	Missing []Missing   // pairs that do not
-	Reason  string      // all of it in one line for the log
+	V4, V6      bool        // ESP exists for the address family
+	Suites      []ims.Suite // pairs that work, in the order of ims.Suites
+	Missing     []Missing   // pairs that do not
+	LargeWindow bool        // replay windows of more than 32 packets work
+	Reason      string      // all of it in one line for the log
 
-	largeWindow bool // replay windows beyond 32
-	err         error
+	err error
 }
 
 // Err returns nil when at least one pair works for at least one family, and otherwise why none does.
 func (s *Support) Err() error { return s.err }
-
-// LargeWindow reports whether replay windows of more than 32 packets work.
-func (s *Support) LargeWindow() bool { return s.largeWindow }
 
 // LogValue implements slog.LogValuer.
 func (s *Support) LogValue() slog.Value { return slog.StringValue(s.Reason) }
@@ -141,10 +138,10 @@ func judge(suites []ims.Suite, results []error) Support {
 		}
 	}
 	has := [2]bool{s.V4, s.V6}
-	s.largeWindow = s.V4 || s.V6
+	s.LargeWindow = s.V4 || s.V6
 	for f, rs := range byFamily {
 		if has[f] && rs[len(suites)] != nil {
-			s.largeWindow = false
+			s.LargeWindow = false
 		}
 	}
 	for i, suite := range suites {
@@ -191,7 +188,7 @@ func (s *Support) summary(all int) (string, error) {
 		}
 		text += ", missing: " + strings.Join(names, ", ")
 	}
-	if !s.largeWindow {
+	if !s.LargeWindow {
 		text += ", replay window 32"
 	}
 	return text, nil
