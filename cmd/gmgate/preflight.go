@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"slices"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/gmgate/gmgate/control/admin"
@@ -43,6 +44,8 @@ type findings struct {
 	Checks []finding `json:"checks"`
 	Failed int       `json:"failed"`
 	Warned int       `json:"warned"`
+
+	partial bool // an ordinary user has looked
 }
 
 // preflight checks whether a host can run gmgate. Nothing on the host is changed.
@@ -284,7 +287,7 @@ func (c *console) findings(r *findings) {
 			text += ": "
 		}
 		parts := wrap(printable(text+f.Detail), demoWidth-before-names-2)
-		c.line("  %s  %s  %s", c.mark(f.State), pad(f.Name, names), parts[0])
+		c.line("%s", strings.TrimRight(fmt.Sprintf("  %s  %s  %s", c.mark(f.State), pad(f.Name, names), parts[0]), " "))
 		for _, l := range parts[1:] {
 			c.line("%s%s", pad("", before+names+2), l)
 		}
@@ -300,13 +303,17 @@ func (c *console) findings(r *findings) {
 		}
 	}
 	c.line("")
+	text := "this host can run gmgate"
+	if r.partial {
+		text = "as far as this user can see, " + text
+	}
 	switch warned := count(r.Warned, "warning"); {
 	case r.Failed > 0:
 		c.line("%s", c.paint(sgrRed, fmt.Sprintf("%s and %s: mend what failed before gmgate is started", count(r.Failed, "failure"), warned)))
 	case r.Warned > 0:
-		c.line("%s", c.paint(sgrYellow, fmt.Sprintf("this host can run gmgate, with %s", warned)))
+		c.line("%s", c.paint(sgrYellow, text+", with "+warned))
 	default:
-		c.line("%s", c.paint(sgrGreen, "this host can run gmgate"))
+		c.line("%s", c.paint(sgrGreen, text))
 	}
 }
 

@@ -30,6 +30,7 @@ func (p *preflight) checkKernel(context.Context) {
 	var err error
 	if p.caps, err = p.host.Capabilities(); err == nil {
 		p.plain = p.host.UID != 0 && p.caps == 0
+		p.results.partial = p.plain
 	}
 	if p.kernel, err = p.host.Kernel(); err != nil {
 		p.unknown("release", err)
@@ -131,12 +132,12 @@ func join(caps []probe.Cap) string {
 func (p *preflight) checkESP(context.Context) {
 	p.support = p.esp()
 	p.chooseBackend()
-	kernel := finding{Name: "kernel", State: verdictOK, Value: "ESP", Detail: p.support.Reason}
+	kernel := finding{Name: "kernel", State: verdictOK, Value: "present", Detail: p.support.Reason}
 	switch err := p.support.Err(); {
 	case errors.Is(err, xfrm.ErrPermission):
 		kernel.State, kernel.Value, kernel.Detail = verdictNote, "unknown", "needs root"
 	case err != nil:
-		kernel.State, kernel.Value = verdictNote, "no ESP"
+		kernel.State, kernel.Value = verdictNote, "absent"
 	}
 	p.say(kernel)
 	if p.support.Err() == nil && p.backend == config.BackendXFRM {
@@ -385,7 +386,7 @@ func (p *preflight) checkStore(path string) {
 	case at.Info != nil && !at.Info.Mode().IsRegular():
 		f.State, f.Detail, f.Hint = verdictFail, "not a regular file", "move it away, or set store.path"
 	case at.Info != nil:
-		f.Detail = fmt.Sprintf("%d KiB, registrations of it are taken over", at.Info.Size()>>10)
+		f.Detail = fmt.Sprintf("%d KiB, registrations of it are taken over", (at.Info.Size()+1023)>>10)
 	default:
 		f.Detail = "will be made"
 	}

@@ -94,7 +94,7 @@ func (p *preflight) checkGuard(context.Context) {
 			case denied(h.Err):
 				f.Hint = "give the process CAP_BPF and CAP_NET_ADMIN"
 			case errors.Is(h.Err, unix.EBUSY), errors.Is(h.Err, unix.EEXIST):
-				f.Hint = "another program is attached there: ip link show dev " + h.Interface + ", ip link set dev " + h.Interface + " xdp off"
+				f.Hint = "another program is attached there; if it may go: ip link set dev " + h.Interface + " xdp off"
 			}
 		default: // later in the path of a packet, and so dearer
 			f.State = verdictNote
@@ -130,40 +130,68 @@ func (p *preflight) checkPorts(context.Context) {
 	if !p.loaded || p.reachable == nil {
 		return
 	}
-	free := map[netip.Addr][]uint16{}
-	var order []netip.Addr
-	for _, s := range p.sockets() {
-		a := s.at.Addr()
-		if !p.reachable[a.String()] {
+	// What is wrong with several ports of an address in the same way is said once.
+	type place struct {
+		addr  netip.Addr
+		t     ims.Transport // zero: what is free
+		fault finding
+	}
+	var order []place
+	ports := map[place][]uint16{}
+	add := func(at place, port uint16) {
+		if _, ok := ports[at]; !ok {
+			order = append(order, at)
+		}
+		if !slices.Contains(ports[at], port) {
+			ports[at] = append(ports[at], port)
+		}
+	}
+	taken := map[netip.AddrPort]bool{}
+	list := p.sockets()
+	for _, s := range list {
+		if !p.reachable[s.at.Addr().String()] {
 			continue // said above
 		}
-		if !slices.Contains(order, a) {
-			order = append(order, a)
-		}
-		if p.checkPort(fmt.Sprintf("%s/%s", s.at, s.t), "configuration", s) && !slices.Contains(free[a], s.at.Port()) {
-			free[a] = append(free[a], s.at.Port())
+		if fault, ok := p.tryPort(s); !ok {
+			taken[s.at] = true
+			add(place{s.at.Addr(), s.t, fault}, s.at.Port())
 		}
 	}
-	for _, a := range order {
-		if len(free[a]) > 0 {
-			p.say(finding{Name: a.String(), State: verdictOK, Value: "free", Detail: portList(free[a])})
+	for _, s := range list {
+		if p.reachable[s.at.Addr().String()] && !taken[s.at] {
+			add(place{addr: s.at.Addr()}, s.at.Port())
 		}
 	}
-	if m := p.cfg.Metrics.Listen; m.IsValid() && p.checkPort("metrics "+m.String(), "metrics.listen", socket{at: m, t: ims.TCP}) {
-		p.say(finding{Name: "metrics " + m.String(), State: verdictOK, Value: "free"})
+	for _, at := range order {
+		if at.t == 0 {
+			p.say(finding{Name: at.addr.String(), State: verdictOK, Value: "free", Detail: portList(ports[at])})
+			continue
+		}
+		f := at.fault
+		f.Name, f.Detail = fmt.Sprintf("%s %s", at.addr, at.t), portList(ports[at])+", "+f.Detail
+		f.Hint = strings.ReplaceAll(f.Hint, "PORT", fmt.Sprint(ports[at][0]))
+		p.say(f)
+	}
+	if m := p.cfg.Metrics.Listen; m.IsValid() {
+		f, ok := p.tryPort(socket{at: m, t: ims.TCP})
+		if ok {
+			f = finding{State: verdictOK, Value: "free"}
+		}
+		f.Name, f.Hint = "metrics "+m.String(), strings.ReplaceAll(f.Hint, "PORT", fmt.Sprint(m.Port()))
+		p.say(f)
 	}
 }
 
-// checkPort reports a port that cannot be bound.
-func (p *preflight) checkPort(name, key string, s socket) (free bool) {
+// tryPort says why a port cannot be bound. PORT stands for it in the hint.
+func (p *preflight) tryPort(s socket) (f finding, ok bool) {
 	err := p.host.Bind(s.at, s.t)
 	if err == nil {
-		return true
+		return f, true
 	}
-	f := finding{Name: name, State: verdictFail, Value: "in use"}
-	proto := "-lunp"
+	f = finding{State: verdictFail, Value: "in use"}
+	list := "-lunp"
 	if s.t == ims.TCP {
-		proto = "-ltnp"
+		list = "-ltnp"
 	}
 	switch {
 	case errors.Is(err, unix.EADDRINUSE) && p.running:
@@ -172,15 +200,14 @@ func (p *preflight) checkPort(name, key string, s socket) (free bool) {
 		f.State, f.Detail = verdictNote, "by a program that gets what comes in clear; gmgate's own socket is in another namespace"
 	case errors.Is(err, unix.EADDRINUSE):
 		f.Detail = "by another program"
-		f.Hint = fmt.Sprintf("see whose it is: ss %s 'sport = :%d'; stop it, or choose another port", proto, s.at.Port())
+		f.Hint = "see whose it is: ss " + list + " 'sport = :PORT'; stop it, or choose another port"
 	case errors.Is(err, unix.EACCES):
-		f.State, f.Value, f.Detail = p.grave(), "refused", "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE"
-		f.Hint = "run as root, or add CAP_NET_BIND_SERVICE to AmbientCapabilities= and CapabilityBoundingSet= of the unit"
+		f.State, f.Value, f.Detail = p.grave(), "refused", "below net.ipv4.ip_unprivileged_port_start, needs CAP_NET_BIND_SERVICE"
+		f.Hint = "run as root, or add to AmbientCapabilities= and CapabilityBoundingSet= of the unit: CAP_NET_BIND_SERVICE"
 	default:
-		f.Value, f.Detail, f.Hint = "refused", err.Error(), "correct the address and port in the "+key
+		f.Value, f.Detail, f.Hint = "refused", err.Error(), "correct address and port in the configuration"
 	}
-	p.say(f)
-	return false
+	return f, false
 }
 
 // dotted writes a sysctl as sysctl(8) does, with slashes where a name in it has dots of its own.
@@ -279,9 +306,9 @@ func (p *preflight) checkXFRMSettings() {
 				f.Value = "none"
 			}
 			if low, high, ok := strings.Cut(p.host.Sysctl("net.ipv4.ip_local_port_range").Value, "\t"); ok && f.Detail == "" {
-				f.Detail = fmt.Sprintf("the kernel gives out %s to %s, which are not gmgate's", low, high)
-				if !p.loaded {
-					f.Detail = fmt.Sprintf("the kernel gives out %s to %s", low, high)
+				f.Detail = fmt.Sprintf("the kernel gives out %s to %s", low, high)
+				if p.loaded {
+					f.Detail += ", none of gmgate's among them"
 				}
 			}
 		}

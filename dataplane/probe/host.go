@@ -116,9 +116,11 @@ func links() ([]Link, error) {
 // bind tries to bind a socket in the way that fails if anybody has the port already. Connections that ended a moment ago are
 // no obstacle, as they are none to gmgate.
 func bind(addr netip.AddrPort, t ims.Transport) (err error) {
-	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
+	var sa unix.Sockaddr
 	family, typ := unix.AF_INET, unix.SOCK_DGRAM
-	if addr.Addr().Is6() {
+	if addr.Addr().Is4() {
+		sa = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
+	} else {
 		sa, family = &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}, unix.AF_INET6
 	}
 	if t == ims.TCP {
@@ -134,7 +136,7 @@ func bind(addr netip.AddrPort, t ims.Transport) (err error) {
 			return os.NewSyscallError("setsockopt", err)
 		}
 	}
-	if addr.Addr().Is6() {
+	if family == unix.AF_INET6 {
 		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
 			return os.NewSyscallError("setsockopt", err)
 		}
