@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/netip"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -70,8 +71,8 @@ type preflight struct {
 	support   xfrm.Support
 	backend   config.Backend // BackendAuto: not known
 	links     []probe.Link
-	gm        []string // the interfaces of the Gm addresses
-	reachable map[string]bool
+	gm        []string            // the interfaces of the Gm addresses
+	reachable map[netip.Addr]bool // the addresses that sockets can be bound to
 }
 
 // newPreflight checks this host.

@@ -178,7 +178,7 @@ func (p *preflight) checkESP(context.Context) {
 // chooseBackend says which backend gmgate would take.
 func (p *preflight) chooseBackend() {
 	why := cannotUse(&p.support, p.cfg)
-	denied := errors.Is(p.support.Err(), xfrm.ErrPermission)
+	untold := errors.Is(p.support.Err(), xfrm.ErrPermission)
 	f := finding{Name: "backend", State: verdictOK}
 	switch p.cfg.ESP.Backend {
 	case config.BackendUserspace:
@@ -191,7 +191,7 @@ func (p *preflight) chooseBackend() {
 		}
 	case config.BackendAuto:
 		switch {
-		case denied: // a daemon without privileges tries the kernel as well, and stops
+		case untold: // a daemon without privileges tries the kernel as well, and stops
 			p.backend, f.State, f.Detail = config.BackendAuto, verdictNote, "needs root: whether the kernel can do ESP is not known"
 		case why != "":
 			p.backend, f.Detail = config.BackendUserspace, "auto: "+why
@@ -201,7 +201,7 @@ func (p *preflight) chooseBackend() {
 	}
 	f.Value = string(p.backend)
 	p.say(f)
-	if f.State == verdictFail || denied {
+	if f.State == verdictFail || untold {
 		return
 	}
 	able := backend{}
@@ -267,6 +267,9 @@ func (p *preflight) checkPrivileges(context.Context) {
 			f.State = verdictWarn
 			f.Detail += "; run by this user gmgate would not start, and not everything could be checked"
 			f.Hint = "sudo gmgate preflight"
+			if p.file != "" {
+				f.Hint += " -c " + p.file
+			}
 		}
 	}
 	p.say(f)

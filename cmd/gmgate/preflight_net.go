@@ -28,7 +28,7 @@ func (p *preflight) checkAddresses(context.Context) {
 		p.unknown("interfaces", err)
 		return
 	}
-	p.reachable = map[string]bool{}
+	p.reachable = map[netip.Addr]bool{}
 	for _, a := range p.cfg.Gm.Addresses {
 		if l := p.checkAddress("gm", a); l != "" && !slices.Contains(p.gm, l) {
 			p.gm = append(p.gm, l)
@@ -47,7 +47,7 @@ func (p *preflight) checkAddress(side string, a netip.Addr) (link string) {
 	})
 	// An address may also be the host's by a route of type local, without being on an interface.
 	bound := p.host.Bind(netip.AddrPortFrom(a, 0), ims.UDP) == nil
-	p.reachable[a.String()] = bound
+	p.reachable[a] = bound
 	switch {
 	case i < 0 && bound:
 		f.State, f.Value, f.Detail = verdictNote, "local", "by a route, on no interface"
@@ -57,6 +57,9 @@ func (p *preflight) checkAddress(side string, a netip.Addr) (link string) {
 	case !p.links[i].Up:
 		f.State, f.Value, f.Detail = verdictFail, p.links[i].Name, "the interface is down"
 		f.Hint = "ip link set " + p.links[i].Name + " up"
+	case !p.links[i].Carrier:
+		f.State, f.Value, f.Detail = verdictWarn, p.links[i].Name, "the link has no carrier: nothing comes in or goes out"
+		f.Hint = "look at the cable or the other end: ip link show dev " + p.links[i].Name
 	case !bound:
 		f.State, f.Value, f.Detail = verdictFail, p.links[i].Name, "no socket can be bound to it: is it a duplicate, or still tentative?"
 		f.Hint = "ip address show dev " + p.links[i].Name
@@ -149,7 +152,7 @@ func (p *preflight) checkPorts(context.Context) {
 	taken := map[netip.AddrPort]bool{}
 	list := p.sockets()
 	for _, s := range list {
-		if !p.reachable[s.at.Addr().String()] {
+		if !p.reachable[s.at.Addr()] {
 			continue // said above
 		}
 		if fault, ok := p.tryPort(s); !ok {
@@ -158,7 +161,7 @@ func (p *preflight) checkPorts(context.Context) {
 		}
 	}
 	for _, s := range list {
-		if p.reachable[s.at.Addr().String()] && !taken[s.at] {
+		if p.reachable[s.at.Addr()] && !taken[s.at] {
 			add(place{addr: s.at.Addr()}, s.at.Port())
 		}
 	}

@@ -94,9 +94,9 @@ func goodHost(file string, tree hostTree) *preflight {
 			Links: func() ([]probe.Link, error) {
 				a := netip.MustParseAddr
 				return []probe.Link{
-					{Name: "lo", Up: true, Addrs: []netip.Addr{a("127.0.0.1"), a("::1")}},
-					{Name: "eth0", Up: true, Addrs: []netip.Addr{a("10.0.0.5"), a("2001:db8::5"), a("fe80::1%eth0")}},
-					{Name: "eth1.100", Up: true, Addrs: []netip.Addr{a("10.0.1.5")}},
+					{Name: "lo", Up: true, Carrier: true, Addrs: []netip.Addr{a("127.0.0.1"), a("::1")}},
+					{Name: "eth0", Up: true, Carrier: true, Addrs: []netip.Addr{a("10.0.0.5"), a("2001:db8::5"), a("fe80::1%eth0")}},
+					{Name: "eth1.100", Up: true, Carrier: true, Addrs: []netip.Addr{a("10.0.1.5")}},
 				}, nil
 			},
 			Bind: func(at netip.AddrPort, _ ims.Transport) error {
@@ -379,6 +379,18 @@ func TestPreflightFindings(t *testing.T) {
 			want:   "addresses/gm 2001:db8::5", state: verdictNote, text: "by a route",
 		},
 		{
+			name: "no carrier",
+			change: func(p *preflight, _ fstest.MapFS) {
+				links := p.host.Links
+				p.host.Links = func() ([]probe.Link, error) {
+					list, err := links()
+					list[1].Carrier = false
+					return list, err
+				}
+			},
+			want: "addresses/gm 10.0.0.5", state: verdictWarn, text: "no carrier",
+		},
+		{
 			name: "tentative",
 			change: func(p *preflight, _ fstest.MapFS) {
 				bind := p.host.Bind
@@ -445,6 +457,20 @@ func TestPreflightFindings(t *testing.T) {
 				files["proc/sys/net/ipv4/conf/all/disable_policy"] = &fstest.MapFile{Data: []byte("1")}
 			},
 			want: "sysctl/net.ipv4.conf.all.disable_policy", state: verdictFail, text: "sysctl -w net.ipv4.conf.all.disable_policy=0",
+		},
+		{
+			name: "ports given to others where the userspace backend does not mind", file: plain,
+			change: func(_ *preflight, files fstest.MapFS) {
+				files["proc/sys/net/ipv4/ip_local_port_range"] = &fstest.MapFile{Data: []byte("6100\t60999\n")}
+			},
+			want: "sysctl/net.ipv4.ip_local_reserved_ports", state: verdictOK, text: "6100 to 60999",
+		},
+		{
+			name: "ports given to others",
+			change: func(_ *preflight, files fstest.MapFS) {
+				files["proc/sys/net/ipv4/ip_local_port_range"] = &fstest.MapFile{Data: []byte("5061\t60999\n")}
+			},
+			want: "sysctl/net.ipv4.ip_local_reserved_ports", state: verdictWarn, text: "=5061-5063,6100-6101,6110-6113",
 		},
 		{
 			name: "no IPv6",

@@ -86,9 +86,10 @@ func (h *Host) Sub(path string) (fs.FS, error) {
 
 // Link is a network interface.
 type Link struct {
-	Name  string
-	Up    bool
-	Addrs []netip.Addr
+	Name    string
+	Up      bool // by the operator's will
+	Carrier bool
+	Addrs   []netip.Addr
 }
 
 func links() ([]Link, error) {
@@ -98,7 +99,7 @@ func links() ([]Link, error) {
 	}
 	list := make([]Link, 0, len(found))
 	for i := range found {
-		l := Link{Name: found[i].Name, Up: found[i].Flags&net.FlagUp != 0}
+		l := Link{Name: found[i].Name, Up: found[i].Flags&net.FlagUp != 0, Carrier: found[i].Flags&net.FlagRunning != 0}
 		addrs, err := found[i].Addrs()
 		if err != nil {
 			return nil, fmt.Errorf("list addresses of %s: %w", l.Name, err)
