@@ -57,6 +57,7 @@ type preflight struct {
 	status    func(ctx context.Context, path string) (admin.Status, error) // of a running daemon
 	hooks     func(cfg *config.Config, interfaces []string) []probe.Hook   // nil: this build has no guard
 
+	load    func(file string) (*config.Config, error)
 	file    string // of the configuration; empty: the default if it exists
 	group   string // of what is said
 	results findings
@@ -78,7 +79,7 @@ type preflight struct {
 // newPreflight checks this host.
 func newPreflight(file string) *preflight {
 	return &preflight{
-		file: file, host: probe.Local(),
+		file: file, load: config.Load, host: probe.Local(),
 		esp:       func() xfrm.Support { return xfrm.Probe(nil) },
 		namespace: tryNamespace,
 		status: func(ctx context.Context, path string) (admin.Status, error) {
@@ -202,7 +203,7 @@ func (p *preflight) checkConfiguration(ctx context.Context) {
 	if file == "" {
 		file = defaultConfig
 	}
-	cfg, err := config.Load(file)
+	cfg, err := p.load(file)
 	problems, invalid := errors.AsType[config.Errors](err)
 	switch {
 	case err == nil:

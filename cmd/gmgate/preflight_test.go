@@ -81,7 +81,7 @@ var (
 // goodHost is a preflight on a host on which all is well: a kernel with ESP, addresses on two interfaces, free ports.
 func goodHost(file string, tree hostTree) *preflight {
 	return &preflight{
-		file: file,
+		file: file, load: config.Load,
 		host: &probe.Host{
 			Files: tree.files(), CPUs: 4,
 			Uname: func() (string, string, error) { return "6.1.0-18-amd64", "x86_64", nil },
@@ -123,6 +123,44 @@ func goodHost(file string, tree hostTree) *preflight {
 			}
 			return list
 		},
+	}
+}
+
+// refusing is a file system that refuses one file, as the kernel does with some sysctls.
+type refusing struct {
+	fs.FS
+	name string
+}
+
+func (r refusing) Open(name string) (fs.File, error) {
+	if name == r.name {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrPermission}
+	}
+	return r.FS.Open(name)
+}
+
+// refuse returns a change after which a file may not be read.
+func refuse(name string) func(*preflight, fstest.MapFS) {
+	return func(p *preflight, files fstest.MapFS) { p.host.Files = refusing{files, name} }
+}
+
+// configure returns a change of the configuration.
+func configure(change func(c *config.Config)) func(*preflight, fstest.MapFS) {
+	return func(p *preflight, _ fstest.MapFS) {
+		p.load = func(file string) (*config.Config, error) {
+			c, err := config.Load(file)
+			if err == nil {
+				change(c)
+			}
+			return c, err
+		}
+	}
+}
+
+// noFile returns a change after which no file is named, and the default one cannot be read.
+func noFile(err error) func(*preflight, fstest.MapFS) {
+	return func(p *preflight, _ fstest.MapFS) {
+		p.file, p.load = "", func(string) (*config.Config, error) { return nil, err }
 	}
 }
 
@@ -267,6 +305,10 @@ func TestPreflightFindings(t *testing.T) {
 	}{
 		{name: "no configuration", file: "testdata/absent.yaml", want: "configuration/file", state: verdictFail, text: "no such file"},
 		{name: "wrong configuration", file: "testdata/preflight/wrong.yaml", want: "configuration/file", state: verdictFail, text: "gmgate check -c testdata/preflight/wrong.yaml"},
+		{name: "no default configuration", change: noFile(fs.ErrNotExist), want: "configuration/file", state: verdictNote, text: "the host alone is checked"},
+		{name: "secret default configuration", change: noFile(errAccess), want: "configuration/file", state: verdictNote, text: "needs root"},
+		{name: "backend without a configuration", change: noFile(fs.ErrNotExist), want: "esp/backend", state: verdictOK, text: "xfrm"},
+		{name: "ports without a configuration", change: noFile(fs.ErrNotExist), want: "sysctl/net.ipv4.ip_local_reserved_ports", state: verdictOK, text: "32768 to 60999"},
 		{
 			name: "running",
 			change: func(p *preflight, _ fstest.MapFS) {
@@ -306,6 +348,8 @@ func TestPreflightFindings(t *testing.T) {
 			change: func(_ *preflight, files fstest.MapFS) { delete(files, "proc/sys/kernel/unprivileged_bpf_disabled") },
 			want:   "ebpf/bpf", state: verdictWarn, text: "CONFIG_BPF_SYSCALL",
 		},
+		{name: "secret eBPF", change: refuse("proc/sys/kernel/unprivileged_bpf_disabled"), want: "ebpf/kernel.unprivileged_bpf_disabled", state: verdictNote, text: "needs root"},
+		{name: "secret JIT", change: refuse("proc/sys/net/core/bpf_jit_enable"), want: "ebpf/net.core.bpf_jit_enable", state: verdictNote, text: "needs root"},
 		{
 			name:   "no JIT",
 			change: func(_ *preflight, files fstest.MapFS) { delete(files, "proc/sys/net/core/bpf_jit_enable") },
@@ -329,6 +373,14 @@ func TestPreflightFindings(t *testing.T) {
 				p.esp = func() xfrm.Support { return xfrm.Unsupported(xfrm.ErrNoESP) }
 			},
 			want: "esp/backend", state: verdictOK, text: "auto: kernel has no ESP",
+		},
+		{
+			name: "xfrm on a kernel without ESP",
+			change: func(p *preflight, files fstest.MapFS) {
+				configure(func(c *config.Config) { c.ESP.Backend = config.BackendXFRM })(p, files)
+				p.esp = func() xfrm.Support { return xfrm.Unsupported(xfrm.ErrNoESP) }
+			},
+			want: "esp/backend", state: verdictFail, text: "modprobe -a esp4 esp6 xfrm_user",
 		},
 		{
 			name: "auto without privileges",
@@ -484,6 +536,23 @@ func TestPreflightFindings(t *testing.T) {
 			want: "sysctl/net.ipv6.conf.all.disable_ipv6", state: verdictFail, text: "ipv6.disable=1",
 		},
 		{
+			name:   "interface without IPv6",
+			change: func(_ *preflight, files fstest.MapFS) { delete(files, "proc/sys/net/ipv6/conf/eth0/disable_ipv6") },
+			want:   "sysctl/net.ipv6.conf.all.disable_ipv6", state: verdictOK, text: "0",
+		},
+		{
+			name: "secret IPv6", change: refuse("proc/sys/net/ipv6/conf/eth0/disable_ipv6"),
+			want: "sysctl/net.ipv6.conf.eth0.disable_ipv6", state: verdictNote, text: "needs root",
+		},
+		{
+			name: "settings of another namespace",
+			change: func(_ *preflight, files fstest.MapFS) {
+				delete(files, "proc/sys/net/core/rmem_max")
+				delete(files, "proc/sys/net/ipv4/conf/eth0/rp_filter")
+			},
+			want: "sysctl/net.core.wmem_max", state: verdictOK, text: "CAP_NET_ADMIN goes beyond it",
+		},
+		{
 			name: "small buffers",
 			change: func(_ *preflight, files fstest.MapFS) {
 				files["proc/self/status"] = &fstest.MapFile{Data: []byte("CapEff:\t0000000000002000\n")}
@@ -529,6 +598,48 @@ func TestPreflightFindings(t *testing.T) {
 				}
 			},
 			want: "files/store", state: verdictFail, text: "chown gmgate /var/lib/gmgate/gmgate.db",
+		},
+		{
+			name: "store that a user cannot see to",
+			change: func(p *preflight, files fstest.MapFS) {
+				files["proc/self/status"] = &fstest.MapFile{Data: []byte("CapEff:\t0\n")}
+				p.host.UID, p.host.Access = 1000, func(string, uint32) error { return errAccess }
+			},
+			want: "files/store", state: verdictNote, text: "this user may not write to /var/lib/gmgate",
+		},
+		{
+			name: "no store but a folder",
+			change: func(_ *preflight, files fstest.MapFS) {
+				files["var/lib/gmgate/gmgate.db"] = &fstest.MapFile{Mode: fs.ModeDir | 0o755}
+			},
+			want: "files/store", state: verdictFail, text: "not a regular file",
+		},
+		{
+			name: "credential", change: configure(func(c *config.Config) { c.Store.Credential = "seal" }),
+			want: "files/key", state: verdictNote, text: "credential seal",
+		},
+		{name: "secret key", change: refuse("var/lib/gmgate/gmgate.db.key"), want: "files/key", state: verdictNote, text: "needs root"},
+		{
+			name: "key elsewhere, not to be made",
+			change: func(p *preflight, files fstest.MapFS) {
+				configure(func(c *config.Config) { c.Store.KeyFile = "/etc/keys/gmgate.key" })(p, files)
+				delete(files, "var/lib/gmgate/gmgate.db")
+			},
+			want: "files/key", state: verdictFail, text: "/etc/keys does not exist",
+		},
+		{
+			name: "key elsewhere, of another user",
+			change: func(p *preflight, files fstest.MapFS) {
+				configure(func(c *config.Config) { c.Store.KeyFile = "/etc/keys/gmgate.key" })(p, files)
+				delete(files, "var/lib/gmgate/gmgate.db")
+				p.host.Access = func(path string, _ uint32) error {
+					if path == "/" {
+						return errAccess
+					}
+					return nil
+				}
+			},
+			want: "files/key", state: verdictFail, text: "install -d -m 0700 -o gmgate /etc/keys",
 		},
 		{
 			name: "read-only",
