@@ -1,13 +1,40 @@
 package main
 
 import (
+	"sync"
+	"time"
+
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/observe"
 	"github.com/gmgate/gmgate/dataplane/front"
 )
 
+// statsAge is how old the counters of a scrape may be: far less than any scrape interval.
+const statsAge = 100 * time.Millisecond
+
+// frontStats keeps counters for the many readers of one scrape, since to get them wakes up every worker.
+type frontStats struct {
+	get func() front.Stats
+
+	mu   sync.Mutex
+	last front.Stats
+	read time.Time // zero: never
+}
+
+// now returns the counters. It may be called from any goroutine.
+func (c *frontStats) now() front.Stats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.read.IsZero() || time.Since(c.read) >= statsAge {
+		c.last = c.get()
+		c.read = time.Now()
+	}
+	return c.last
+}
+
 // observeFront exports what the sockets count themselves.
 func observeFront(m *observe.Metrics, f *front.Front) {
+	stats := &frontStats{get: f.Stats}
 	for _, side := range []ims.Side{ims.GmClear, ims.GmProtected, ims.Mw} {
 		for dir, get := range map[string]func(front.SideStats) (datagrams, octets uint64){
 			"in":  func(s front.SideStats) (uint64, uint64) { return s.DatagramsIn, s.BytesIn },
@@ -15,7 +42,7 @@ func observeFront(m *observe.Metrics, f *front.Front) {
 		} {
 			labels := map[string]string{"side": side.String(), "dir": dir}
 			read := func() (uint64, uint64) {
-				s := f.Stats()
+				s := stats.now()
 				return get(s.Side(side))
 			}
 			m.AddFunc("socket_datagrams_total", "UDP datagrams of the SIP sockets.", observe.Counter, labels,
@@ -27,13 +54,13 @@ func observeFront(m *observe.Metrics, f *front.Front) {
 	for _, d := range front.Drops() {
 		m.AddFunc("socket_drops_total", "Datagrams, messages and connections that the sockets dropped.", observe.Counter,
 			map[string]string{"reason": d.String()}, func() float64 {
-				s := f.Stats()
+				s := stats.now()
 				return float64(s.Dropped(d))
 			})
 	}
 	single := func(name, help string, kind observe.Kind, get func(*front.Stats) float64) {
 		m.AddFunc(name, help, kind, nil, func() float64 {
-			s := f.Stats()
+			s := stats.now()
 			return get(&s)
 		})
 	}
@@ -43,6 +70,8 @@ func observeFront(m *observe.Metrics, f *front.Front) {
 		func(s *front.Stats) float64 { return float64(s.DialErrors) })
 	single("handovers_total", "Messages handed from the worker that received them to the UE's.", observe.Counter,
 		func(s *front.Stats) float64 { return float64(s.Handovers) })
+	single("tcp_strays_total", "TCP connections that came in at the socket of another worker than the UE's.", observe.Counter,
+		func(s *front.Stats) float64 { return float64(s.Strays) })
 	single("handler_panics_total", "Messages on which a handler panicked; the message was dropped.", observe.Counter,
 		func(s *front.Stats) float64 { return float64(s.Panics) })
 }
