@@ -14,6 +14,7 @@ import (
 
 	"github.com/gmgate/gmgate/control/admin"
 	"github.com/gmgate/gmgate/control/config"
+	"github.com/gmgate/gmgate/dataplane/guard"
 	"github.com/gmgate/gmgate/dataplane/hostnet"
 	"github.com/gmgate/gmgate/dataplane/probe"
 	"github.com/gmgate/gmgate/dataplane/xfrm"
@@ -55,7 +56,7 @@ type preflight struct {
 	esp       func() xfrm.Support                                          // what the kernel's ESP can do
 	namespace func() error                                                 // makes a network namespace, and gives it up
 	status    func(ctx context.Context, path string) (admin.Status, error) // of a running daemon
-	hooks     func(cfg *config.Config, interfaces []string) []probe.Hook   // nil: this build has no guard
+	hooks     func(cfg *config.Config, kernel bool, interfaces []string) []probe.Hook
 
 	load    func(file string) (*config.Config, error)
 	file    string // of the configuration; empty: the default if it exists
@@ -81,13 +82,32 @@ func newPreflight(file string) *preflight {
 	return &preflight{
 		file: file, load: config.Load, host: probe.Local(),
 		esp:       func() xfrm.Support { return xfrm.Probe(nil) },
-		namespace: tryNamespace,
+		namespace: tryNamespace, hooks: guardHooks,
 		status: func(ctx context.Context, path string) (admin.Status, error) {
 			c := admin.NewClient(path)
 			defer c.Close()
 			return c.Status(ctx)
 		},
 	}
+}
+
+// guardHooks finds out which hooks the guard would get, by putting it there for a moment; where one is attached, which. kernel
+// says whether the kernel would do the ESP.
+func guardHooks(cfg *config.Config, kernel bool, interfaces []string) (list []probe.Hook) {
+	c := guardConfig(cfg, kernel, false, nil)
+	if len(c.Interfaces) == 0 {
+		c.Interfaces = interfaces
+	}
+	hooks, err := guard.Choose(c)
+	for _, h := range hooks {
+		list = append(list, probe.Hook{Interface: h.Interface, Hook: string(h.Kind), Reason: h.Reason, Err: h.Err})
+	}
+	for _, name := range c.Interfaces {
+		if len(hooks) == 0 { // the guard did not even load
+			list = append(list, probe.Hook{Interface: name, Hook: string(guard.HookNone), Err: err})
+		}
+	}
+	return list
 }
 
 func tryNamespace() error {

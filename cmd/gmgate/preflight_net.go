@@ -78,10 +78,14 @@ func (p *preflight) checkAddress(side string, a netip.Addr) (link string) {
 
 // checkGuard tells where the guard would be attached on the Gm interfaces.
 func (p *preflight) checkGuard(context.Context) {
-	if len(p.gm) == 0 || p.hooks == nil {
+	if p.cfg.Guard.Mode == config.GuardOff {
+		p.say(finding{Name: "mode", State: verdictNote, Value: "off", Detail: "ESP and policies do without it"})
 		return
 	}
-	for _, h := range p.hooks(p.cfg, p.gm) {
+	if len(p.gm) == 0 && len(p.cfg.Guard.Interfaces) == 0 {
+		return
+	}
+	for _, h := range p.hooks(p.cfg, p.backend == config.BackendXFRM, p.gm) {
 		f := finding{Name: h.Interface, State: verdictOK, Value: h.Hook, Detail: h.Reason}
 		if h.Err != nil && f.Detail == "" {
 			f.Detail = h.Err.Error()
@@ -90,7 +94,10 @@ func (p *preflight) checkGuard(context.Context) {
 		case "xdp":
 		case "none":
 			f.State = verdictWarn
-			f.Hint = "run kernel 6.6 or later, whose tcx works on every interface"
+			if p.cfg.Guard.Mode != config.GuardAuto {
+				f.State = verdictFail
+			}
+			f.Hint = "Linux 5.18 or later has what the guard needs; with guard.mode: auto gmgate does without it"
 			switch {
 			case denied(h.Err) && p.plain:
 				f.State, f.Value, f.Detail, f.Hint = verdictNote, "unknown", "needs root", ""

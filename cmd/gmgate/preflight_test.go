@@ -116,7 +116,7 @@ func goodHost(file string, tree hostTree) *preflight {
 		status: func(_ context.Context, path string) (admin.Status, error) {
 			return admin.Status{}, &admin.Error{Text: "there is no socket " + path}
 		},
-		hooks: func(_ *config.Config, interfaces []string) []probe.Hook {
+		hooks: func(_ *config.Config, _ bool, interfaces []string) []probe.Hook {
 			list := make([]probe.Hook, 0, len(interfaces))
 			for _, i := range interfaces {
 				list = append(list, probe.Hook{Interface: i, Hook: "xdp", Reason: "the driver runs it before there is a packet buffer"})
@@ -213,7 +213,7 @@ func badHost(file string) *preflight {
 		}
 		return s
 	}
-	p.hooks = func(_ *config.Config, interfaces []string) []probe.Hook {
+	p.hooks = func(_ *config.Config, _ bool, interfaces []string) []probe.Hook {
 		return []probe.Hook{{Interface: interfaces[0], Hook: "none", Err: fmt.Errorf("attach to %s: %w", interfaces[0], unix.EBUSY)}}
 	}
 	return p
@@ -229,7 +229,7 @@ func lookingOn(file string) *preflight {
 	p.host.Access = func(string, uint32) error { return errAccess }
 	p.esp = func() xfrm.Support { return xfrm.Unsupported(fmt.Errorf("%w: %w", xfrm.ErrPermission, unix.EPERM)) }
 	p.namespace = func() error { panic("not without CAP_SYS_ADMIN") }
-	p.hooks = func(_ *config.Config, interfaces []string) []probe.Hook {
+	p.hooks = func(_ *config.Config, _ bool, interfaces []string) []probe.Hook {
 		return []probe.Hook{{Interface: interfaces[0], Hook: "none", Err: unix.EPERM}}
 	}
 	inUse(p, ims.TCP, 6100)
@@ -481,7 +481,7 @@ func TestPreflightFindings(t *testing.T) {
 		{
 			name: "guard without privileges",
 			change: func(p *preflight, _ fstest.MapFS) {
-				p.hooks = func(*config.Config, []string) []probe.Hook {
+				p.hooks = func(*config.Config, bool, []string) []probe.Hook {
 					return []probe.Hook{{Interface: "eth0", Hook: "none", Err: unix.EPERM}}
 				}
 			},
@@ -490,7 +490,7 @@ func TestPreflightFindings(t *testing.T) {
 		{
 			name: "guard at a later hook",
 			change: func(p *preflight, _ fstest.MapFS) {
-				p.hooks = func(*config.Config, []string) []probe.Hook {
+				p.hooks = func(*config.Config, bool, []string) []probe.Hook {
 					return []probe.Hook{{Interface: "eth0", Hook: "tcx", Reason: "no XDP on this driver", Err: failed}}
 				}
 			},
