@@ -13,8 +13,7 @@
 
 char _license[] SEC("license") = "Apache-2.0";
 
-#define AF_INET 2
-#define IPV4_SOURCE_AT 12 // in the network header
+#define IPV4_SOURCE_AT 12 // in the network header, the destination behind it
 #define IPV6_SOURCE_AT 8
 
 struct {
@@ -85,21 +84,24 @@ int steer(struct sk_reuseport_md *md)
 	f.source_port = bpf_ntohs(ports[0]);
 	f.destination_port = bpf_ntohs(ports[1]);
 	group.port = f.destination_port;
-	if (md->sk->family == AF_INET) {
-		if (bpf_skb_load_bytes_relative(md, IPV4_SOURCE_AT, &f.source.word[3], 4, BPF_HDR_START_NET))
+	if (md->eth_protocol == bpf_htons(ETHERTYPE_IPV4)) {
+		__u32 ends[2]; // source and destination
+
+		if (bpf_skb_load_bytes_relative(md, IPV4_SOURCE_AT, ends, sizeof(ends), BPF_HDR_START_NET))
 			goto kernel;
 		f.source.word[2] = bpf_htonl(0xffff);
-		owner = bpf_ntohl(f.source.word[3]);
+		f.source.word[3] = ends[0];
 		group.local.word[2] = bpf_htonl(0xffff);
-		group.local.word[3] = md->sk->src_ip4;
+		group.local.word[3] = ends[1];
+		owner = bpf_ntohl(ends[0]);
 	} else {
-		if (bpf_skb_load_bytes_relative(md, IPV6_SOURCE_AT, &f.source, sizeof(f.source), BPF_HDR_START_NET))
+		struct address ends[2];
+
+		if (bpf_skb_load_bytes_relative(md, IPV6_SOURCE_AT, ends, sizeof(ends), BPF_HDR_START_NET))
 			goto kernel;
-		owner = bpf_ntohl(f.source.word[0] ^ f.source.word[1] ^ f.source.word[2] ^ f.source.word[3]);
-		group.local.word[0] = md->sk->src_ip6[0];
-		group.local.word[1] = md->sk->src_ip6[1];
-		group.local.word[2] = md->sk->src_ip6[2];
-		group.local.word[3] = md->sk->src_ip6[3];
+		f.source = ends[0];
+		group.local = ends[1];
+		owner = bpf_ntohl(ends[0].word[0] ^ ends[0].word[1] ^ ends[0].word[2] ^ ends[0].word[3]);
 	}
 	number = bpf_map_lookup_elem(&groups, &group);
 	if (!number)
