@@ -51,7 +51,7 @@ type DaemonOptions struct {
 // GuardOptions are the values of the section guard.
 type GuardOptions struct {
 	Mode          string // auto, xdp, generic, tc, off
-	RegisterRate  int    // REGISTERs per second from one source
+	RegisterRate  int    // REGISTERs per second from one source; default: more than tests send
 	RegisterBurst int
 }
 
@@ -111,12 +111,11 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 	if o.Backend != "" {
 		fmt.Fprintf(&b, "esp:\n  backend: %s\n", o.Backend)
 	}
-	if g := o.Guard; g != (GuardOptions{}) {
-		b.WriteString("guard:\n")
-		option(&b, "  mode", g.Mode)
-		number(&b, "  register_rate", g.RegisterRate)
-		number(&b, "  register_burst", g.RegisterBurst)
-	}
+	// Small maps, because many daemons start in tests; and a limit that leaves hundreds of phones of one /64 alone.
+	fmt.Fprintf(&b, "guard:\n  pin: %s\n  max_sas: 16384\n  max_ues: 4096\n  sources: 16384\n", strconv.Quote(l.PinPath()))
+	option(&b, "  mode", o.Guard.Mode)
+	number(&b, "  register_rate", cmp.Or(o.Guard.RegisterRate, 100000))
+	number(&b, "  register_burst", cmp.Or(o.Guard.RegisterBurst, 100000))
 	fmt.Fprintf(&b, "metrics:\n  listen: \"127.0.0.1:%d\"\n", PortMetrics)
 	fmt.Fprintf(&b, "admin:\n  socket: %s\n", strconv.Quote(l.AdminSocket()))
 	if o.LogLevel != "" {

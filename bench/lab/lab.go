@@ -51,6 +51,9 @@ const (
 // configSuffix marks the folders with configurations of daemons.
 const configSuffix = "-config-"
 
+// pinRoot is where labs have their pins.
+const pinRoot = "/sys/fs/bpf/gmgate-labs"
+
 // namedDir is where `ip netns` keeps its names.
 const namedDir = "/run/netns"
 
@@ -166,7 +169,7 @@ func (l *Lab) build() error {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	l.onClose(func() error { return os.RemoveAll(dir) })
+	l.onClose(func() error { return errors.Join(os.RemoveAll(dir), os.RemoveAll(l.PinPath())) })
 	for _, n := range []struct {
 		suffix string
 		ns     **hostnet.NS
@@ -237,6 +240,11 @@ func (l *Lab) AdminSocket() string {
 	return filepath.Join(os.TempDir(), l.name+configSuffix+"admin", "gmgate.sock")
 }
 
+// PinPath is where the daemon's eBPF programs and maps are pinned. A bpffs allows no dots in names.
+func (l *Lab) PinPath() string {
+	return filepath.Join(pinRoot, strings.ReplaceAll(l.name, ".", ":")+"-gm")
+}
+
 // onClose puts f on the list of things that Close undoes. After Close f runs at once.
 func (l *Lab) onClose(f func() error) {
 	l.mu.Lock()
@@ -281,8 +289,13 @@ func removeStale(prefix string) {
 	if err != nil {
 		return
 	}
-	for _, path := range dirs {
-		if pid, ok := ownerPID(prefix, filepath.Base(path)); ok && errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+	pins, err := filepath.Glob(filepath.Join(pinRoot, prefix+"-*-gm"))
+	if err != nil {
+		return
+	}
+	for _, path := range append(dirs, pins...) {
+		name := strings.ReplaceAll(filepath.Base(path), ":", ".")
+		if pid, ok := ownerPID(prefix, name); ok && errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
 			_ = os.RemoveAll(path)
 		}
 	}

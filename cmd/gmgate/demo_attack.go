@@ -62,6 +62,7 @@ const (
 func attackOptions(d *lab.DaemonOptions, o demoFlags) {
 	d.LogLevel, d.RegAwaitAuth = "info", attackAwaitAuth
 	d.Pending, d.PendingSource = attackPending, demoConcurrent
+	d.Guard.RegisterRate, d.Guard.RegisterBurst = guardRegisterRate, guardRegisterBurst // the daemon's defaults
 	// IPv6 phones of the demo share a /64 and so are one source: all of them have to get in at once.
 	if o.ip == "6" && 2*o.ues > guardRegisterBurst {
 		d.Guard.RegisterBurst = 2 * o.ues

@@ -109,7 +109,7 @@ func (k *keeper) load(ctx context.Context, cfg *config.Config, shared *proxy.Con
 	defer cancel()
 	if k.db == nil {
 		a, err := back.Adopt(ctx, nil)
-		k.outcome = &survive.Outcome{Workers: make([]survive.Worker, shared.Workers), SPIs: a.Foreign, Orphans: a.Removed}
+		k.outcome = &survive.Outcome{Workers: make([]survive.Worker, shared.Workers), SPIs: a.Foreign, Foreign: a.Foreign, Orphans: a.Removed}
 		return err
 	}
 	clean := k.meta.Clean

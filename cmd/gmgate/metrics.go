@@ -8,6 +8,7 @@ import (
 
 // observeFront exports what the sockets count themselves.
 func observeFront(m *observe.Metrics, f *front.Front) {
+	stats := &cached[front.Stats]{age: statsAge, get: func() (front.Stats, error) { return f.Stats(), nil }}
 	for _, side := range []ims.Side{ims.GmClear, ims.GmProtected, ims.Mw} {
 		for dir, get := range map[string]func(front.SideStats) (datagrams, octets uint64){
 			"in":  func(s front.SideStats) (uint64, uint64) { return s.DatagramsIn, s.BytesIn },
@@ -15,7 +16,7 @@ func observeFront(m *observe.Metrics, f *front.Front) {
 		} {
 			labels := map[string]string{"side": side.String(), "dir": dir}
 			read := func() (uint64, uint64) {
-				s := f.Stats()
+				s := stats.now()
 				return get(s.Side(side))
 			}
 			m.AddFunc("socket_datagrams_total", "UDP datagrams of the SIP sockets.", observe.Counter, labels,
@@ -27,13 +28,13 @@ func observeFront(m *observe.Metrics, f *front.Front) {
 	for _, d := range front.Drops() {
 		m.AddFunc("socket_drops_total", "Datagrams, messages and connections that the sockets dropped.", observe.Counter,
 			map[string]string{"reason": d.String()}, func() float64 {
-				s := f.Stats()
+				s := stats.now()
 				return float64(s.Dropped(d))
 			})
 	}
 	single := func(name, help string, kind observe.Kind, get func(*front.Stats) float64) {
 		m.AddFunc(name, help, kind, nil, func() float64 {
-			s := f.Stats()
+			s := stats.now()
 			return get(&s)
 		})
 	}
@@ -43,6 +44,8 @@ func observeFront(m *observe.Metrics, f *front.Front) {
 		func(s *front.Stats) float64 { return float64(s.DialErrors) })
 	single("handovers_total", "Messages handed from the worker that received them to the UE's.", observe.Counter,
 		func(s *front.Stats) float64 { return float64(s.Handovers) })
+	single("tcp_strays_total", "TCP connections that came in at the socket of another worker than the UE's.", observe.Counter,
+		func(s *front.Stats) float64 { return float64(s.Strays) })
 	single("handler_panics_total", "Messages on which a handler panicked; the message was dropped.", observe.Counter,
 		func(s *front.Stats) float64 { return float64(s.Panics) })
 }

@@ -79,21 +79,41 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		return err
 	}
 	shared := proxyConfig(cfg, rules, back.suites(cfg.Security.Suites()), fleet, key)
+	door, err := openGuard(cfg, back.kernel != nil, rules.Clear(), log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, door.release(keep.db != nil)) }()
+	shared.Witness = door.witness()
 	if err := keep.load(ctx, cfg, shared, back); err != nil {
 		return err
 	}
+	if err := door.start(keep); err != nil {
+		return err
+	}
+	door.observe(metrics)
 	stopWatch := keep.watch(ctx, cfg, shared, back, metrics)
 	defer func() { err = errors.Join(err, stopWatch()) }()
 	handlers := make([]front.Handler, workers)
 	for i := range workers {
-		w, err := proxy.New(shared, i, measured{back, metrics}, metrics, log.With("worker", i))
+		w, err := proxy.New(shared, i, measured{door.behind(back), metrics}, metrics, log.With("worker", i))
 		if err != nil {
 			return err
 		}
 		keep.hand(i, w)
 		handlers[i] = handler{w}
 	}
-	f, err := front.New(frontConfig(cfg, back, log), handlers)
+	fc := frontConfig(cfg, back, log)
+	steering, err := openSteering(cfg, len(fc.Listeners), log)
+	if err != nil {
+		return err
+	}
+	if steering != nil {
+		defer func() { err = errors.Join(err, steering.Close()) }()
+		observeSteering(metrics, steering)
+		fc.Steering = steering
+	}
+	f, err := front.New(fc, handlers)
 	if err != nil {
 		return fmt.Errorf("open sockets: %w", err)
 	}

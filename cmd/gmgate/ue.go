@@ -39,7 +39,7 @@ const (
 )
 
 // ueWidth is the number of columns that tables keep to, as long as one column can be made shorter.
-const ueWidth = 100
+const ueWidth = 110
 
 // ueFlags are the command line of `gmgate ue`.
 type ueFlags struct {
@@ -225,10 +225,10 @@ func formatList(list []admin.UE, more bool, now time.Time) string {
 	if len(list) == 0 {
 		return "no phones\n"
 	}
-	rows := [][]string{{"ID", "IMPI", "ADDRESS", "STATE", "SETS", "EXPIRES"}}
+	rows := [][]string{{"ID", "IMPI", "ADDRESS", "STATE", "SETS", "EXPIRES", "LAST SEEN"}}
 	for i := range list {
 		u := &list[i]
-		rows = append(rows, []string{u.ID, u.IMPI, u.Address, u.State, strconv.Itoa(len(u.Sets)), until(u.Expires, now)})
+		rows = append(rows, []string{u.ID, u.IMPI, u.Address, u.State, strconv.Itoa(len(u.Sets)), until(u.Expires, now), since(u.LastSeen, now)})
 	}
 	out := columns(rows, 1)
 	if more {
@@ -287,12 +287,43 @@ func formatUE(b *strings.Builder, u *admin.UE, now time.Time) {
 	if u.NextHop != "" {
 		line("next hop", u.NextHop)
 	}
+	if t := trafficLine(u, now); t != "" {
+		line("traffic", t)
+	}
 	b.WriteByte('\n')
 	for _, l := range strings.SplitAfter(columns(setRows(u.Sets, now), -1), "\n") {
 		if l != "" {
 			b.WriteString("  " + l)
 		}
 	}
+}
+
+// trafficLine says what has come in of a phone. Its ESP packets are counted before they are verified.
+func trafficLine(u *admin.UE, now time.Time) string {
+	var says []string
+	if e := u.ESP; e != nil {
+		says = append(says, fmt.Sprintf("%d ESP packets, %s", e.Packets, octets(e.Bytes)))
+		if !e.Last.IsZero() {
+			says = append(says, "the last one "+since(e.Last, now))
+		}
+	}
+	if !u.LastMessage.IsZero() {
+		says = append(says, "last SIP message "+since(u.LastMessage, now))
+	}
+	return strings.Join(says, "; ")
+}
+
+// octets prints a number of octets in the largest unit that leaves a digit before the point.
+func octets(n uint64) string {
+	units := []string{"B", "kB", "MB", "GB", "TB"}
+	v, i := float64(n), 0
+	for ; v >= 999.95 && i < len(units)-1; i++ {
+		v /= 1000
+	}
+	if i == 0 {
+		return fmt.Sprintf("%d B", n)
+	}
+	return fmt.Sprintf("%.1f %s", v, units[i])
 }
 
 // setRows describes SA sets, three lines each. SPIs are unsigned, as in the Security headers.
@@ -310,8 +341,10 @@ func setRows(sets []admin.Set, now time.Time) [][]string {
 		if q := s.Sequences; q != nil {
 			rows = append(rows, []string{"", "", "", "", "seq", n(q.UC), n(q.US), n(q.PC), n(q.PS)})
 		}
-		if h := setHistory(s); h != "" {
-			rows = append(rows, []string{"", h, "", "", "", "", "", "", ""})
+		for _, l := range []string{setHistory(s), setLife(s, now), setDiagnosis(s)} {
+			if l != "" {
+				rows = append(rows, []string{"", l, "", "", "", "", "", "", ""})
+			}
 		}
 	}
 	return rows
@@ -333,6 +366,26 @@ func setHistory(s *admin.Set) string {
 		says = append(says, fmt.Sprintf("connection %d to the phone", n))
 	}
 	return strings.Join(says, ", ")
+}
+
+// setLife says when something has come in on a set.
+func setLife(s *admin.Set, now time.Time) string {
+	var says []string
+	if !s.FirstESP.IsZero() {
+		says = append(says, "first ESP "+since(s.FirstESP, now))
+	}
+	if !s.Heard.IsZero() {
+		says = append(says, "heard "+since(s.Heard, now))
+	}
+	return strings.Join(says, ", ")
+}
+
+// setDiagnosis says what is odd about a set.
+func setDiagnosis(s *admin.Set) string {
+	if s.Diagnosis == "" || s.Hint == "" {
+		return s.Diagnosis
+	}
+	return s.Diagnosis + ": " + s.Hint
 }
 
 // columns aligns rows. Where they are too wide, the given column is cut; none if it is negative.
@@ -394,7 +447,22 @@ func until(t, now time.Time) string {
 	if t.IsZero() {
 		return "-"
 	}
-	d := t.Sub(now).Round(time.Second)
+	return span(t.Sub(now))
+}
+
+// since prints how long ago a time is.
+func since(t, now time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	if s := span(now.Sub(t)); s != "now" {
+		return s + " ago"
+	}
+	return "now"
+}
+
+func span(d time.Duration) string {
+	d = d.Round(time.Second)
 	switch {
 	case d <= 0:
 		return "now"

@@ -30,16 +30,20 @@ func ueSample() admin.UE {
 		Address: "10.45.0.1", Local: "10.0.0.5", State: "registered", Contact: "sip:001010000000001@10.45.0.1:6301",
 		Identities:   []string{"sip:+15550100001@ims.mnc001.mcc001.3gppnetwork.org", "tel:+15550100001"},
 		ServiceRoute: []string{"sip:orig@10.0.1.9:5060;lr"}, NextHop: "10.0.1.9:5060;transport=udp",
-		Expires: ueNow.Add(167 * time.Hour), Current: "0-104", Sets: []admin.Set{
+		Expires: ueNow.Add(167 * time.Hour), Current: "0-104",
+		ESP:         &admin.ESP{Packets: 4711, Bytes: 1234567, Last: ueNow.Add(-3 * time.Second)},
+		LastMessage: ueNow.Add(-75 * time.Second), LastSeen: ueNow.Add(-3 * time.Second), Sets: []admin.Set{
 			{
 				ID: "0-104", Phase: "established", Role: admin.RoleCurrent, Algorithms: "hmac-sha-1-96=des-ede3-cbc",
 				SPIs: admin.SPIs{UC: 4294967295, US: 4294967294, PC: 2147483648, PS: 1000}, Ports: admin.Ports{UC: 31200, US: 31201, PC: 6110, PS: 6100},
 				Deadline: ueNow.Add(167*time.Hour + 30*time.Second), TCP: true, Connections: admin.Connections{In: 5},
+				FirstESP: ueNow.Add(-time.Hour), Heard: ueNow.Add(-75 * time.Second),
 			},
 			{
 				ID: "0-121", Phase: "temporary", Role: admin.RoleWaiting, Algorithms: "null=aes-gcm", Over: "0-104",
 				SPIs: admin.SPIs{UC: 1, US: 2, PC: 3, PS: 4}, Ports: admin.Ports{UC: 31202, US: 31201, PC: 6111, PS: 6100},
 				Deadline: ueNow.Add(4 * time.Minute), Sequences: &admin.Sequences{UC: 5, US: 4294967295, PC: 7, PS: 8},
+				FirstESP: ueNow.Add(-4 * time.Second), Diagnosis: "ESP arrives but is not accepted", Hint: "wrong keys, algorithms or SIM (TS 33.203 §7.2)",
 			},
 		},
 	}
@@ -56,15 +60,19 @@ func TestFormatUE(t *testing.T) {
                  tel:+15550100001
   service route  sip:orig@10.0.1.9:5060;lr
   next hop       10.0.1.9:5060;transport=udp
+  traffic        4711 ESP packets, 1.2 MB; the last one 3s ago; last SIP message 1m15s ago
 
   SET    PHASE        ROLE       GOES IN      UC          US          PC          PS
   0-104  established  current    6d23h  SPI   4294967295  4294967294  2147483648  1000
          hmac-sha-1-96=des-ede3-cbc     port  31200       31201       6110        6100
          prefers TCP, connection 5 of the phone
+         first ESP 1h00m ago, heard 1m15s ago
   0-121  temporary    waiting    4m00s  SPI   1           2           3           4
          null=aes-gcm                   port  31202       31201       6111        6100
                                         seq   5           4294967295  7           8
          made over set 0-104
+         first ESP 4s ago
+         ESP arrives but is not accepted: wrong keys, algorithms or SIM (TS 33.203 §7.2)
 `
 	if diff := cmp.Diff(want, formatUEs([]admin.UE{ueSample()}, ueNow)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -74,19 +82,20 @@ func TestFormatUE(t *testing.T) {
 func TestFormatList(t *testing.T) {
 	v4, v6, odd := ueSample(), ueSample(), ueSample()
 	v6.ID, v6.Address, v6.State, v6.Expires = "1-1048576-65535", "2001:db8:4545:4545:4545:4545:4545:4545", "deregistered", time.Time{}
+	v6.LastSeen = time.Time{}
 	odd.ID, odd.IMPI, odd.Sets = "0-18-0", "\x1b[2Jbad", nil
-	want := `ID               IMPI            ADDRESS                                 STATE         SETS  EXPIRES
-0-17-3           0010100000000…  10.45.0.1                               registered    2     6d23h
-1-1048576-65535  0010100000000…  2001:db8:4545:4545:4545:4545:4545:4545  deregistered  2     -
-0-18-0           ?[2Jbad         10.45.0.1                               registered    0     6d23h
+	want := `ID               IMPI           ADDRESS                                 STATE         SETS  EXPIRES  LAST SEEN
+0-17-3           001010000000…  10.45.0.1                               registered    2     6d23h    3s ago
+1-1048576-65535  001010000000…  2001:db8:4545:4545:4545:4545:4545:4545  deregistered  2     -        -
+0-18-0           ?[2Jbad        10.45.0.1                               registered    0     6d23h    3s ago
 and more: these are the first 3, see -limit
 `
 	got := formatList([]admin.UE{v4, v6, odd}, true, ueNow)
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	want = `ID      IMPI                                               ADDRESS    STATE       SETS  EXPIRES
-0-17-3  001010000000001@ims.mnc001.mcc001.3gppnetwork.org  10.45.0.1  registered  2     6d23h
+	want = `ID      IMPI                                               ADDRESS    STATE       SETS  EXPIRES  LAST SEEN
+0-17-3  001010000000001@ims.mnc001.mcc001.3gppnetwork.org  10.45.0.1  registered  2     6d23h    3s ago
 `
 	if diff := cmp.Diff(want, formatList([]admin.UE{v4}, false, ueNow)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -108,6 +117,39 @@ func TestUntil(t *testing.T) {
 	} {
 		if got := until(ueNow.Add(d), ueNow); got != want {
 			t.Errorf("%s: %q, want %q", d, got, want)
+		}
+	}
+}
+
+func TestSince(t *testing.T) {
+	for d, want := range map[time.Duration]string{
+		-time.Second: "now", 0: "now", 400 * time.Millisecond: "now", 3 * time.Second: "3s ago", 90 * time.Minute: "1h30m ago",
+	} {
+		if got := since(ueNow.Add(-d), ueNow); got != want {
+			t.Errorf("%s: %q, want %q", d, got, want)
+		}
+	}
+	if got := since(time.Time{}, ueNow); got != "-" {
+		t.Errorf("never: %q", got)
+	}
+}
+
+// Without a guard nothing is said of ESP packets; a phone that was not seen has no line.
+func TestTraffic(t *testing.T) {
+	last := ueNow.Add(-time.Minute)
+	for want, u := range map[string]admin.UE{
+		"":                                           {},
+		"last SIP message 1m00s ago":                 {LastMessage: last},
+		"0 ESP packets, 0 B":                         {ESP: &admin.ESP{}},
+		"1 ESP packets, 999 B":                       {ESP: &admin.ESP{Packets: 1, Bytes: 999}},
+		"2 ESP packets, 1.0 kB":                      {ESP: &admin.ESP{Packets: 2, Bytes: 1000}},
+		"3 ESP packets, 999.9 kB":                    {ESP: &admin.ESP{Packets: 3, Bytes: 999_949}},
+		"4 ESP packets, 1.0 MB":                      {ESP: &admin.ESP{Packets: 4, Bytes: 999_950}},
+		"5 ESP packets, 18446744.1 TB":               {ESP: &admin.ESP{Packets: 5, Bytes: 1<<64 - 1}},
+		"6 ESP packets, 1 B; the last one 1m00s ago": {ESP: &admin.ESP{Packets: 6, Bytes: 1, Last: last}},
+	} {
+		if got := trafficLine(&u, ueNow); got != want {
+			t.Errorf("%q, want %q", got, want)
 		}
 	}
 }

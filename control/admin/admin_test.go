@@ -87,11 +87,15 @@ func phoneInfo(n int) proxy.UEInfo {
 	old, current, temporary := set(1, sa.Old), set(2, sa.Established), set(3, sa.Temporary)
 	old.ConnIn = 7
 	current.Over, current.Used, current.TCP = old.ID, true, true
+	current.FirstESP, current.Heard = at.Add(-time.Hour), at.Add(-2*time.Second)
+	temporary.FirstESP, temporary.Diagnosis = at.Add(-3*time.Second), proxy.DiagnosisNotAccepted
 	return proxy.UEInfo{
 		ID: proxy.UEID{Worker: 1, Index: uint32(n), Gen: 2}, IMPI: fmt.Sprintf("%015d@ims.example", n),
 		Addr: netip.AddrFrom4([4]byte{10, 45, 0, byte(n)}), Local: netip.MustParseAddr("10.0.0.5"), State: registrar.Registered,
 		Identities: []string{fmt.Sprintf("sip:+%d@ims.example", n), fmt.Sprintf("tel:+%d", n)}, Contact: "sip:a@10.45.0.1:6301",
 		Expires: at, Current: current.ID, Sets: []proxy.SetInfo{old, current, temporary},
+		Witnessed: true, ESP: sa.Traffic{Packets: 12, Bytes: 3456, Last: at.Add(-time.Second)},
+		LastMessage: at.Add(-2 * time.Second), LastSeen: at.Add(-time.Second),
 	}
 }
 
@@ -180,18 +184,33 @@ func TestUEOnTheWire(t *testing.T) {
 	status, got := b.raw(t, "GET", "/v1/ues/1-1-2", "")
 	want := `{"id":"1-1-2","worker":1,"index":1,"impi":"000000000000001@ims.example","address":"10.45.0.1","local":"10.0.0.5",` +
 		`"state":"registered","identities":["sip:+1@ims.example","tel:+1"],"contact":"sip:a@10.45.0.1:6301","service_route":[],` +
-		`"expires":"2026-01-01T12:00:00Z","current":"1-2","sets":[` +
+		`"expires":"2026-01-01T12:00:00Z","current":"1-2",` +
+		`"esp":{"packets":12,"bytes":3456,"last":"2026-01-01T11:59:59Z"},` +
+		`"last_message":"2026-01-01T11:59:58Z","last_seen":"2026-01-01T11:59:59Z","sets":[` +
 		`{"id":"1-1","phase":"old","role":"receiving","algorithms":"hmac-sha-1-96=aes-cbc",` +
 		`"spis":{"uc":4294967290,"us":4294967291,"pc":2147483648,"ps":1},"ports":{"uc":6300,"us":6301,"pc":6110,"ps":6100},` +
 		`"deadline":"2026-01-01T13:00:00Z","used":false,"tcp":false,"connections":{"in":7,"out":0}},` +
 		`{"id":"1-2","phase":"established","role":"current","algorithms":"hmac-sha-1-96=aes-cbc",` +
 		`"spis":{"uc":4294967290,"us":4294967291,"pc":2147483648,"ps":2},"ports":{"uc":6300,"us":6301,"pc":6110,"ps":6100},` +
-		`"deadline":"2026-01-01T13:00:00Z","over":"1-1","used":true,"tcp":true,"connections":{"in":0,"out":0}},` +
+		`"deadline":"2026-01-01T13:00:00Z","over":"1-1","used":true,"tcp":true,"connections":{"in":0,"out":0},` +
+		`"first_esp":"2026-01-01T11:00:00Z","heard":"2026-01-01T11:59:58Z"},` +
 		`{"id":"1-3","phase":"temporary","role":"waiting","algorithms":"hmac-sha-1-96=aes-cbc",` +
 		`"spis":{"uc":4294967290,"us":4294967291,"pc":2147483648,"ps":3},"ports":{"uc":6300,"us":6301,"pc":6110,"ps":6100},` +
-		`"deadline":"2026-01-01T13:00:00Z","used":false,"tcp":false,"connections":{"in":0,"out":0}}]}` + "\n"
+		`"deadline":"2026-01-01T13:00:00Z","used":false,"tcp":false,"connections":{"in":0,"out":0},` +
+		`"first_esp":"2026-01-01T11:59:57Z","diagnosis":"ESP arrives but is not accepted",` +
+		`"hint":"wrong keys, algorithms or SIM (TS 33.203 §7.2)"}]}` + "\n"
 	if status != 200 || got != want {
 		t.Errorf("%d\n got %s\nwant %s", status, got, want)
+	}
+}
+
+// Every diagnosis comes with what it may come from.
+func TestDiagnoses(t *testing.T) {
+	for d := proxy.Diagnosis(1); d <= proxy.DiagnosisNotAccepted; d++ {
+		s := setOf(&proxy.SetInfo{Diagnosis: d}, &proxy.UEInfo{})
+		if s.Diagnosis == "" || strings.HasPrefix(s.Diagnosis, "Diagnosis(") || s.Hint == "" {
+			t.Errorf("%d: %q, %q", d, s.Diagnosis, s.Hint)
+		}
 	}
 }
 

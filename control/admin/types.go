@@ -52,7 +52,18 @@ type UE struct {
 	NextHop      string    `json:"next_hop,omitempty"`
 	Expires      time.Time `json:"expires,omitzero"` // of the registration
 	Current      string    `json:"current,omitempty"`
-	Sets         []Set     `json:"sets"` // oldest first
+	ESP          *ESP      `json:"esp,omitempty"`         // where a guard looks at it
+	LastMessage  time.Time `json:"last_message,omitzero"` // its last SIP message since the daemon started, to the second
+	LastSeen     time.Time `json:"last_seen,omitzero"`    // the later one of that and its last ESP packet
+	Sets         []Set     `json:"sets"`                  // oldest first
+}
+
+// ESP is what came in of a phone's ESP packets. The guard counts them before anybody has verified them: they are a sign of
+// life, no proof.
+type ESP struct {
+	Packets uint64    `json:"packets"`
+	Bytes   uint64    `json:"bytes"` // of whole IP packets
+	Last    time.Time `json:"last,omitzero"`
 }
 
 // Roles of a set.
@@ -76,6 +87,10 @@ type Set struct {
 	Used        bool        `json:"used"`              // by the UE, since it was confirmed
 	TCP         bool        `json:"tcp"`               // the UE prefers TCP
 	Connections Connections `json:"connections"`
+	FirstESP    time.Time   `json:"first_esp,omitzero"` // where a guard looks at it; before it was verified
+	Heard       time.Time   `json:"heard,omitzero"`     // last message that was verified, since the daemon started, to the second
+	Diagnosis   string      `json:"diagnosis,omitempty"`
+	Hint        string      `json:"hint,omitempty"`      // what the diagnosis may come from
 	Sequences   *Sequences  `json:"sequences,omitempty"` // where they were asked for and the backend holds the set
 }
 
@@ -136,6 +151,10 @@ func ueOf(u *proxy.UEInfo) UE {
 		ID: u.ID.String(), Worker: u.ID.Worker, Index: u.ID.Index, IMPI: u.IMPI, Address: u.Addr.String(),
 		Local: u.Local.String(), State: u.State.String(), Emergency: u.Emergency, Clear: u.Clear, Identities: list(u.Identities), Contact: u.Contact,
 		ServiceRoute: list(u.ServiceRoute), Expires: u.Expires, Current: setID(u.Current), Sets: make([]Set, len(u.Sets)),
+		LastMessage: utc(u.LastMessage), LastSeen: utc(u.LastSeen),
+	}
+	if u.Witnessed {
+		v.ESP = &ESP{Packets: u.ESP.Packets, Bytes: u.ESP.Bytes, Last: utc(u.ESP.Last)}
 	}
 	if u.NextHop.IsValid() {
 		v.NextHop = u.NextHop.String()
@@ -164,7 +183,27 @@ func setOf(s *proxy.SetInfo, u *proxy.UEInfo) Set {
 		SPIs:  SPIs{UC: uint32(s.SPIs.UC), US: uint32(s.SPIs.US), PC: uint32(s.SPIs.PC), PS: uint32(s.SPIs.PS)},
 		Ports: Ports(s.Ports), Over: setID(s.Over), Used: s.Used, TCP: s.TCP,
 		Connections: Connections{In: uint32(s.ConnIn), Out: uint32(s.ConnOut)},
+		FirstESP:    utc(s.FirstESP), Heard: utc(s.Heard), Diagnosis: s.Diagnosis.String(), Hint: hint(s.Diagnosis),
 	}
+}
+
+// hint says what a diagnosis may come from.
+func hint(d proxy.Diagnosis) string {
+	switch d {
+	case proxy.DiagnosisNoESP:
+		return "the phone has not answered the challenge, or its packets are lost on the way"
+	case proxy.DiagnosisNotAccepted:
+		return "wrong keys, algorithms or SIM (TS 33.203 §7.2)"
+	}
+	return ""
+}
+
+// utc keeps the zero time zero.
+func utc(t time.Time) time.Time {
+	if t.IsZero() {
+		return time.Time{}
+	}
+	return t.UTC()
 }
 
 // addSequences notes the sequence numbers of those sets that the backend holds.

@@ -47,6 +47,10 @@ func (c *Config) check(r *report) {
 	if c.Gm.UDPLimit > c.Gm.MaxMessage && !r.anyFailed("gm.udp_limit", "gm.max_message") {
 		r.addf("gm.udp_limit", "%d is more than gm.max_message, %d", c.Gm.UDPLimit, c.Gm.MaxMessage)
 	}
+	if need := 2 * c.Limits.SASets; need > c.Guard.MaxSAs && c.Guard.Mode != GuardOff &&
+		!r.anyFailed("limits.sa_sets", "guard.max_sas", "guard.mode") {
+		r.addf("guard.max_sas", "%d is too few for limits.sa_sets, which need %d", c.Guard.MaxSAs, need)
+	}
 	c.checkMetrics(r)
 }
 

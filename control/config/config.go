@@ -39,6 +39,7 @@ type Config struct {
 	Timers   Timers
 	Store    Store
 	ESP      ESP
+	Guard    Guard
 	Metrics  Metrics
 	Admin    Admin
 	Log      Log
@@ -170,6 +171,20 @@ type ESP struct {
 	TunMTU       int
 }
 
+// Guard is the packet filter in front of the ESP ports, and the steering of sockets.
+type Guard struct {
+	Mode          GuardMode
+	Interfaces    []string // nil: those with Gm.Addresses
+	RegisterRate  int      // per second and source; zero: no limit
+	RegisterBurst int
+	Sources       int // whose rates are remembered
+	UnknownSPI    UnknownSPI
+	MaxSAs        int    // inbound ones, two for each SA set
+	MaxUEs        int    // with counters of their own
+	Pin           string // directory on a bpffs, with {instance} in it or not; empty: none. PinPath fills it in
+	Steering      bool
+}
+
 // Metrics is the HTTP listener for /metrics.
 type Metrics struct {
 	Listen netip.AddrPort // the zero value: none
@@ -262,6 +277,27 @@ const (
 	BackendUserspace Backend = "userspace"
 )
 
+// GuardMode says where the guard stands.
+type GuardMode string
+
+// Values of GuardMode.
+const (
+	GuardAuto    GuardMode = "auto" // the best hook of each interface, none if there is none
+	GuardXDP     GuardMode = "xdp"
+	GuardGeneric GuardMode = "generic"
+	GuardTC      GuardMode = "tc"
+	GuardOff     GuardMode = "off"
+)
+
+// UnknownSPI says what the guard does with ESP that has no SA of ours.
+type UnknownSPI string
+
+// Values of UnknownSPI.
+const (
+	UnknownDrop UnknownSPI = "drop"
+	UnknownPass UnknownSPI = "pass" // there is other IPsec on the Gm addresses
+)
+
 // Format is the form of log lines.
 type Format string
 
@@ -322,10 +358,14 @@ func Default() *Config {
 			HealthInterval:           5 * time.Second,
 			RegEvent:                 RegEvent{Enabled: true, Expires: 600000 * time.Second},
 		},
-		Limits:  Limits{PendingRegistrations: 20000, PendingPerSource: 32},
-		Timers:  Timers{RegAwaitAuth: 4 * time.Minute, LifetimeMargin: 30 * time.Second, OldSet: 128 * time.Second},
-		Store:   Store{Path: "/var/lib/gmgate/gmgate.db", Reconcile: time.Minute},
-		ESP:     ESP{Backend: BackendAuto, ReplayWindow: 256, TunMTU: 9000},
+		Limits: Limits{PendingRegistrations: 20000, PendingPerSource: 32},
+		Timers: Timers{RegAwaitAuth: 4 * time.Minute, LifetimeMargin: 30 * time.Second, OldSet: 128 * time.Second},
+		Store:  Store{Path: "/var/lib/gmgate/gmgate.db", Reconcile: time.Minute},
+		ESP:    ESP{Backend: BackendAuto, ReplayWindow: 256, TunMTU: 9000},
+		Guard: Guard{
+			Mode: GuardAuto, RegisterRate: 10, RegisterBurst: 64, Sources: 1 << 16, UnknownSPI: UnknownDrop, MaxSAs: 1 << 18,
+			MaxUEs: 1 << 17, Pin: "/sys/fs/bpf/gmgate/" + instancePlace, Steering: true,
+		},
 		Metrics: Metrics{Listen: netip.MustParseAddrPort("127.0.0.1:9464")},
 		Admin:   Admin{Socket: "/run/gmgate/" + instancePlace + ".sock"},
 		Log:     Log{Level: slog.LevelInfo, Format: FormatText},
@@ -368,6 +408,11 @@ const instancePlace = "{instance}"
 // SocketPath returns the path of the admin socket; empty: none.
 func (c *Config) SocketPath() string {
 	return strings.ReplaceAll(c.Admin.Socket, instancePlace, c.Instance)
+}
+
+// PinPath returns the directory of what is pinned; empty: nothing is. A bpffs allows no dots in names.
+func (c *Config) PinPath() string {
+	return strings.ReplaceAll(c.Guard.Pin, instancePlace, strings.ReplaceAll(c.Instance, ".", ":"))
 }
 
 // Suites returns the algorithm pairs that may be agreed on, in the order of preference.

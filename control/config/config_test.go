@@ -150,7 +150,7 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 			t.Errorf("%s is neither a section nor a value", path)
 		}
 	})
-	if n != 64 {
+	if n != 74 {
 		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
 	}
 	walk("", ruleFields(0), func(path string, f *field) {
@@ -228,10 +228,14 @@ func TestFields(t *testing.T) {
 			OrigIOI: "home.example", ServiceRoute: ServiceRouteRefuse, RegisterTimeout: 8 * time.Second,
 			RegEvent: RegEvent{Expires: 2 * time.Hour, URI: "sip:gm1@pcscf.example:5080"},
 		},
-		Limits:  Limits{PendingRegistrations: 5000, PendingPerSource: 8, SASets: 1000},
-		Timers:  Timers{RegAwaitAuth: 3 * time.Minute, LifetimeMargin: 10 * time.Second, OldSet: 64 * time.Second},
-		Store:   Store{KeyFile: "/etc/gmgate/store.key", Credential: "gmgate-store", Reconcile: 30 * time.Second},
-		ESP:     ESP{Backend: BackendUserspace, ReplayWindow: 1024, TunMTU: 1500},
+		Limits: Limits{PendingRegistrations: 5000, PendingPerSource: 8, SASets: 1000},
+		Timers: Timers{RegAwaitAuth: 3 * time.Minute, LifetimeMargin: 10 * time.Second, OldSet: 64 * time.Second},
+		Store:  Store{KeyFile: "/etc/gmgate/store.key", Credential: "gmgate-store", Reconcile: 30 * time.Second},
+		ESP:    ESP{Backend: BackendUserspace, ReplayWindow: 1024, TunMTU: 1500},
+		Guard: Guard{
+			Mode: GuardTC, Interfaces: []string{"eth0", "eth1.100"}, RegisterBurst: 8, Sources: 1024, UnknownSPI: UnknownPass,
+			MaxSAs: 4096, MaxUEs: 2048, Pin: "/sys/fs/bpf/sip/{instance}",
+		},
 		Metrics: Metrics{Pprof: true},
 		Admin:   Admin{Socket: "/run/sip/{instance}/admin"},
 		Log:     Log{Level: slog.LevelDebug, Format: FormatJSON},
@@ -293,6 +297,12 @@ func TestValidate(t *testing.T) {
 			c.Mw.Hosts = map[string]netip.Addr{"Upper.example": netip.MustParseAddr("10.0.1.9")}
 		}},
 		{"mw.peers[0]: no prefix", func(c *Config) { c.Mw.Peers = make([]netip.Prefix, 1) }},
+		{"guard.mode: ", func(c *Config) { c.Guard.Mode = "" }},
+		{"guard.pin: ", func(c *Config) { c.Guard.Pin = "/sys/fs/bpf/gmgate.d" }},
+		{"guard.interfaces[1]: ", func(c *Config) { c.Guard.Interfaces = []string{"eth0", "eth0"} }},
+		{"guard.max_sas: 100 is too few for limits.sa_sets, which need 2000", func(c *Config) {
+			c.Guard.MaxSAs, c.Limits.SASets = 100, 1000
+		}},
 		{"metrics.listen: 127.0.0.1:0 cannot be listened on", func(c *Config) { c.Metrics.Listen = netip.MustParseAddrPort("127.0.0.1:0") }},
 		{"log.format: ", func(c *Config) { c.Log.Format = "" }},
 	}

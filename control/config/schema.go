@@ -202,6 +202,26 @@ func schema() []field {
 			intField("replay_window", "Anti-replay window in packets.", func(c *Config) *int { return &c.ESP.ReplayWindow }, 64, 4096),
 			intField("tun_mtu", "MTU of the userspace backend's TUN device.", func(c *Config) *int { return &c.ESP.TunMTU }, 1500, 65535),
 		}},
+		{key: "guard", doc: "eBPF: a filter in front of the protected ports, and steering of packets to workers. Without the privileges\nor a kernel for it gmgate works without, and says so.", sub: []field{
+			enumField("mode", "Hook of the filter: auto (the best one of each interface, or none), xdp (in the driver), generic (XDP in\nthe stack), tc, or off. With xdp, generic and tc gmgate does not start where that hook is not to be had.",
+				func(c *Config) *GuardMode { return &c.Guard.Mode }, GuardAuto, GuardXDP, GuardGeneric, GuardTC, GuardOff),
+			interfacesField("interfaces", "Interfaces that phones come in by. Default: those that have the Gm addresses."),
+			intField("register_rate", "REGISTERs and TCP connections per second on the unprotected port, of one IPv4 address or IPv6 /64;\n0 switches the limit off.",
+				func(c *Config) *int { return &c.Guard.RegisterRate }, 0, 1000000),
+			intField("register_burst", "How many of them may come at once.",
+				func(c *Config) *int { return &c.Guard.RegisterBurst }, 1, 1000000),
+			intField("sources", "Sources whose rate is remembered; the one that was quiet longest gives way.",
+				func(c *Config) *int { return &c.Guard.Sources }, 16, 1<<24),
+			enumField("unknown_spi", "ESP to a Gm address that has no SA of ours: drop, or pass for other IPsec on the same address. SAs\nthat others had before the start pass in any case.",
+				func(c *Config) *UnknownSPI { return &c.Guard.UnknownSPI }, UnknownDrop, UnknownPass),
+			intField("max_sas", "Inbound SAs, two for each SA set.", func(c *Config) *int { return &c.Guard.MaxSAs }, 2, 1<<24),
+			intField("max_ues", "Phones with counters of their own: 32 bytes each for every CPU, up to eight.",
+				func(c *Config) *int { return &c.Guard.MaxUEs }, 1, 1<<22),
+			pinField("pin", "Directory on a bpffs where programs and counters outlive a restart; \"\": they end with gmgate.",
+				func(c *Config) *string { return &c.Guard.Pin }),
+			boolField("steering", "Choose the worker's socket by eBPF, for TCP as well. Otherwise the kernel's classic filter does it for UDP.",
+				func(c *Config) *bool { return &c.Guard.Steering }),
+		}},
 		{key: "metrics", doc: "HTTP listener.", sub: []field{
 			listenField("listen", "Address and port of /metrics; \"\" switches it off.",
 				func(c *Config) *netip.AddrPort { return &c.Metrics.Listen }),
@@ -361,6 +381,50 @@ func socketField(key, doc string, at func(*Config) *string) field {
 			r.addf(path, "%q has control characters in it", p)
 		case len(p) > maxSocketPath:
 			r.addf(path, "a path of %d bytes is too long for a unix socket, at most %d fit", len(p), maxSocketPath)
+		}
+	}
+	return f
+}
+
+// pinField is checked with the instance's name filled in.
+func pinField(key, doc string, at func(*Config) *string) field {
+	f := textField(key, doc, at, nil)
+	f.check = func(c *Config, r *report, path string) {
+		p := c.PinPath()
+		switch {
+		case p == "" || c.Instance == "": // the latter is a fault of its own
+		case !filepath.IsAbs(p) || filepath.Clean(p) != p:
+			r.add(path, fmt.Sprintf("%q is not the absolute path of a directory", p), "such as /sys/fs/bpf/gmgate/edge1")
+		case strings.ContainsFunc(p, unicode.IsControl) || strings.Contains(p, "."):
+			r.add(path, fmt.Sprintf("%q has characters in it that a bpffs does not allow", p), "no dots and no control characters")
+		}
+	}
+	return f
+}
+
+// maxInterface is the length of an interface's name, IFNAMSIZ without the final zero.
+const maxInterface = 15
+
+func interfacesField(key, doc string) field {
+	f := listField(key, doc, func(c *Config) *[]string { return &c.Guard.Interfaces },
+		func(d *decoder, path string, n ast.Node) (string, bool) {
+			return d.text(path, n, "the name of an interface")
+		},
+		showText, func(s string) string {
+			if s == "" || len(s) > maxInterface || strings.ContainsFunc(s, func(r rune) bool {
+				return r <= ' ' || r == '/' || r == ':' || r > unicode.MaxASCII
+			}) {
+				return fmt.Sprintf("%q is not the name of an interface", s)
+			}
+			return ""
+		})
+	f.sample = `[eth0]`
+	// An empty list in the file and none at all are the same configuration.
+	read := f.read
+	f.read = func(d *decoder, path string, n ast.Node) {
+		read(d, path, n)
+		if len(d.config.Guard.Interfaces) == 0 {
+			d.config.Guard.Interfaces = nil
 		}
 	}
 	return f

@@ -150,6 +150,7 @@ type Counters struct {
 	registrations [regEnd][2]count // 0 = failure, 1 = success
 	suites        [algs][encAlgs]count
 	verify        count
+	identity      count
 	awaitAuth     count
 	sets          [phaseEnd]level
 	ues           [ueEnd]level
@@ -198,6 +199,10 @@ func (c *Counters) Suite(s ims.Suite) { c.suites[within(s.Alg, algs)][within(s.E
 
 // VerifyMismatch counts one Security-Verify that differs from our Security-Server (RFC 3329 §2.3.1).
 func (c *Counters) VerifyMismatch() { c.verify.inc() }
+
+// IdentityMismatch counts one public identity that a phone claimed and has not registered over the SA that it claimed it on
+// (TS 24.229 §5.2.6.3).
+func (c *Counters) IdentityMismatch() { c.identity.inc() }
 
 // AwaitAuthExpired counts one expiry of the reg-await-auth timer (TS 24.229 §5.2.2).
 func (c *Counters) AwaitAuthExpired() { c.awaitAuth.inc() }

@@ -69,6 +69,7 @@ func TestCountersAreAddedUp(t *testing.T) {
 	a.Registration(RegReauth, false)
 	a.Suite(ims.Suite{Alg: ims.AlgNull, Enc: ims.EncAESGCM})
 	a.VerifyMismatch()
+	b.IdentityMismatch()
 	b.AwaitAuthExpired()
 	a.Sets(PhaseTemporary, 2)
 	b.Sets(PhaseTemporary, 1)
@@ -95,6 +96,7 @@ func TestCountersAreAddedUp(t *testing.T) {
 		`gmgate_secagree_selected_total{alg="hmac-sha-1-96",ealg="aes-cbc"}`:                                         0,
 		`gmgate_secagree_selected_total{alg="null",ealg="null"}`:                                                     -1,
 		`gmgate_security_verify_mismatch_total{}`:                                                                    1,
+		`gmgate_identity_mismatch_total{}`:                                                                           1,
 		`gmgate_reg_await_auth_expired_total{}`:                                                                      1,
 		`gmgate_sa_sets{phase="temporary"}`:                                                                          2,
 		`gmgate_sa_sets{phase="old"}`:                                                                                0,
@@ -190,6 +192,7 @@ func TestCountingDoesNotAllocate(t *testing.T) {
 		c.Registration(RegRefresh, true)
 		c.Suite(ims.Suite{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC})
 		c.VerifyMismatch()
+		c.IdentityMismatch()
 		c.AwaitAuthExpired()
 		c.Sets(PhaseOld, 1)
 		c.UEs(-1, UEPending)

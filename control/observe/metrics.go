@@ -185,6 +185,7 @@ var (
 	registrationsDesc = desc("registrations_total", "Registrations that ended.", "kind", "result")
 	suitesDesc        = desc("secagree_selected_total", "Security agreements by algorithm pair.", "alg", "ealg")
 	verifyDesc        = desc("security_verify_mismatch_total", "Security-Verify headers that differ from our Security-Server.")
+	identityDesc      = desc("identity_mismatch_total", "Public identities that phones claimed without having registered them over their SA.")
 	awaitAuthDesc     = desc("reg_await_auth_expired_total", "Challenges that no protected REGISTER answered in time.")
 	setsDesc          = desc("sa_sets", "SA sets by phase.", "phase")
 	associationsDesc  = desc("address_associations", "Phones registered in clear, without SAs.")
@@ -201,7 +202,7 @@ var (
 // Describe implements prometheus.Collector.
 func (w *workerCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		messagesDesc, rejectedDesc, droppedDesc, registrationsDesc, suitesDesc, verifyDesc, awaitAuthDesc, setsDesc, uesDesc,
+		messagesDesc, rejectedDesc, droppedDesc, registrationsDesc, suitesDesc, verifyDesc, identityDesc, awaitAuthDesc, setsDesc, uesDesc,
 		associationsDesc,
 		subscriptionsDesc, subscribesDesc, notifiesDesc, networkDesc, lossesDesc,
 		spisDesc, spiCapacityDesc,
@@ -243,6 +244,7 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	counter(verifyDesc, w.sum(func(c *Counters) *count { return &c.verify }))
+	counter(identityDesc, w.sum(func(c *Counters) *count { return &c.identity }))
 	counter(awaitAuthDesc, w.sum(func(c *Counters) *count { return &c.awaitAuth }))
 
 	gauge := func(d *prometheus.Desc, v int64, labels ...string) {

@@ -47,6 +47,7 @@ const (
 	ReasonKeepalive                              // CRLF keep-alive, answered by the transport (RFC 5626 §4.4.1)
 	ReasonPolicy                                 // the operator's policy does not let this phone register so
 	ReasonDowngrade                              // registration in clear of an identity that has SAs
+	ReasonLabelMismatch                          // the ESP backend's mark names another SA than the addresses and ports do
 
 	reasonEnd // one past the last
 )
@@ -92,6 +93,7 @@ var reasonNames = [reasonEnd]string{
 	ReasonKeepalive:            "keepalive",
 	ReasonPolicy:               "policy",
 	ReasonDowngrade:            "downgrade",
+	ReasonLabelMismatch:        "label_mismatch",
 }
 
 // String returns the label value.

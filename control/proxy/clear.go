@@ -191,6 +191,7 @@ func (w *Worker) associate(tx *regTx, core, answer []byte, expires time.Duration
 		w.registerFailed(tx, 503, "Service Unavailable", "the flow cannot be named", observe.ReasonBusy, retryAfter)
 		return
 	}
+	w.table.Hear(s)
 	if s.ConnIn != 0 {
 		w.conns[s.ConnIn] = s
 	}

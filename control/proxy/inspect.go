@@ -69,6 +69,11 @@ type UEInfo struct {
 	Expires      time.Time // of the registration; zero: never registered
 	Current      uint64    // id of the set that requests to the UE take; zero: none
 	Sets         []SetInfo // oldest first
+
+	Witnessed   bool       // whether anybody looks at its ESP packets
+	ESP         sa.Traffic // what was seen of them, before they were verified
+	LastMessage time.Time  // when its last SIP message came in, to the second; zero: none since the process started
+	LastSeen    time.Time  // the later one of that and its last ESP packet
 }
 
 // SetInfo is an SA set at one moment. It has no keys.
@@ -85,7 +90,36 @@ type SetInfo struct {
 	Used     bool   // the UE has used it
 	ConnIn   ims.ConnID
 	ConnOut  ims.ConnID
+
+	FirstESP  time.Time // when the first ESP packet came in, before it was verified; zero: none, or nobody looks
+	Heard     time.Time // when the last message came in that had been verified, to the second; zero: none since the process started
+	Diagnosis Diagnosis
 }
+
+// Diagnosis says what is odd about an SA set.
+type Diagnosis uint8
+
+// Diagnoses.
+const (
+	DiagnosisNoESP       Diagnosis = iota + 1 // a temporary set that the phone has sent nothing on
+	DiagnosisNotAccepted                      // ESP packets come in, but the backend has accepted no message of them
+)
+
+// String returns the words for operators; none for zero.
+func (d Diagnosis) String() string {
+	switch d {
+	case 0:
+		return ""
+	case DiagnosisNoESP:
+		return "no ESP yet"
+	case DiagnosisNotAccepted:
+		return "ESP arrives but is not accepted"
+	}
+	return fmt.Sprintf("Diagnosis(%#x)", uint8(d))
+}
+
+// acceptTime is how long the backend and the phone's TCP may take from the first ESP packet to the first whole message.
+const acceptTime = 2 * time.Second
 
 // UEQuery chooses UE contexts: those for which every field holds that is not zero.
 type UEQuery struct {
@@ -171,6 +205,42 @@ func (w *Worker) look(q *UEQuery, from uint32, limit int, act func(*registrar.UE
 	return t
 }
 
+// diagnose says what is odd about a set whose first ESP packet came in at a time; zero: none has. An established set has
+// brought an authenticated REGISTER, so there is nothing to be said about its keys.
+func (w *Worker) diagnose(s *registrar.Set, first time.Time) Diagnosis {
+	switch {
+	case w.cfg.Witness == nil || s.Clear || s.Phase != sa.Temporary || !s.Heard().IsZero():
+		return 0
+	case first.IsZero():
+		return DiagnosisNoESP
+	case first.Before(w.began): // what came in then, the process before this one may have heard
+		return 0
+	case w.eg.Now().Sub(first) >= acceptTime:
+		return DiagnosisNotAccepted
+	}
+	return 0
+}
+
+// traffic returns what was seen of the ESP packets of a UE: of all its labels, since sets that have come from another worker
+// keep theirs.
+func (w *Worker) traffic(u *registrar.UE) (sum sa.Traffic) {
+	for i, s := range u.Sets {
+		if s.Clear || slices.ContainsFunc(u.Sets[:i], func(o *registrar.Set) bool { return o.Label == s.Label }) {
+			continue
+		}
+		t := w.cfg.Witness.Traffic(s.Label)
+		sum.Packets, sum.Bytes, sum.Last = sum.Packets+t.Packets, sum.Bytes+t.Bytes, later(sum.Last, t.Last)
+	}
+	return sum
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
 // info copies a UE context.
 func (w *Worker) info(u *registrar.UE) UEInfo {
 	i := UEInfo{
@@ -181,10 +251,20 @@ func (w *Worker) info(u *registrar.UE) UEInfo {
 	if u.Current != nil {
 		i.Current = u.Current.ID
 	}
+	i.LastMessage = u.Heard()
+	if i.Witnessed = w.cfg.Witness != nil; i.Witnessed {
+		i.ESP = w.traffic(u)
+	}
+	i.LastSeen = later(i.ESP.Last, i.LastMessage)
 	for k, s := range u.Sets {
+		var first time.Time
+		if i.Witnessed && !s.Clear {
+			first = w.cfg.Witness.First(s.ID)
+		}
 		i.Sets[k] = SetInfo{
 			ID: s.ID, Phase: s.Phase, Ending: s.Dropped(), Ports: s.Ports, SPIs: s.SPIs, Suite: s.Keys.Suite,
 			Deadline: s.Deadline, TCP: s.OverTCP, Used: s.Used, ConnIn: s.ConnIn, ConnOut: s.ConnOut,
+			FirstESP: first, Heard: s.Heard(), Diagnosis: w.diagnose(s, first),
 		}
 		if s.Over != nil {
 			i.Sets[k].Over = s.Over.ID

@@ -94,6 +94,7 @@ func TestInspect(t *testing.T) {
 		Ports: ims.Ports{UC: p.portC, US: p.portS, PC: p.pc, PS: p.ps},
 		SPIs:  ims.SPIs{UC: ims.SPI(p.spiC), US: ims.SPI(p.spiS), PC: u.Sets[0].SPIs.PC, PS: u.Sets[0].SPIs.PS},
 		Suite: ims.Suite{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC}, Deadline: r.l.now.Add(600030 * time.Second),
+		Heard: r.l.now.Local(),
 	}
 	want := UEInfo{
 		ID: u.ID, IMPI: impi, Addr: ueAddr, Local: gmAddr, State: registrar.Registered,
@@ -102,6 +103,7 @@ func TestInspect(t *testing.T) {
 		ServiceRoute: []string{"sip:orig@scscf." + domain + ":6060;lr"},
 		NextHop:      ims.Hop{Addr: netip.MustParseAddrPort("10.0.1.7:6060"), Transport: ims.UDP},
 		Expires:      r.l.now.Add(600000 * time.Second), Current: first.ID, Sets: []SetInfo{first},
+		LastMessage: r.l.now.Local(), LastSeen: r.l.now.Local(),
 	}
 	if !reflect.DeepEqual(u, want) {
 		t.Errorf("registered:\n got %+v\nwant %+v", u, want)

@@ -84,8 +84,8 @@ func (w *Worker) restoreUE(k *KeptUE) error {
 		if !s.Clear {
 			w.apply(s, w.rules.Match(policy.Request{Realm: domainOf(k.identity(r)), IMPI: u.IMPI, Source: u.Addr}))
 		}
-		r.Keys.Zero() // Params has made a copy
-		s.Label, s.Counters = label(w.id, u.Index), r.Counters
+		r.Keys.Zero()           // Params has made a copy
+		s.Counters = r.Counters // the label stays the one that the SAs were installed with, though another worker may have them now
 		if s.Phase == sa.Temporary {
 			if _, err := parseAgreement(r.ServerText); err != nil {
 				return fmt.Errorf("read Security-Server of set %#x: %w", r.ID, err)
@@ -121,8 +121,6 @@ func (k *KeptUE) identity(s *store.Set) string {
 	}
 	return s.IMPU
 }
-
-func label(worker int, index uint32) uint32 { return uint32(worker)<<24 | index } //nolint:gosec // at most 256 workers
 
 // journal writes what the registrar wants kept to the store, behind.
 type journal struct{ w *Worker }

@@ -23,7 +23,10 @@ func (w *Worker) malformed(f ims.Flow, err error) {
 	var s *registrar.Set
 	switch f.Side {
 	case ims.GmProtected:
-		if s = w.table.Find(f); s == nil || s.Phase == sa.Temporary && m.Method() != sipmsg.MethodRegister {
+		if s = w.protectedSet(f); s == nil {
+			return
+		}
+		if s.Phase == sa.Temporary && m.Method() != sipmsg.MethodRegister {
 			w.obs.Drop(observe.ReasonNoSA)
 			return
 		}

@@ -232,18 +232,22 @@ func onServiceRoute(u *registrar.UE, uri *sipmsg.URI) bool {
 
 // stripFromUE deletes what a UE may not say (trust boundary, TS 24.229 §5.2.6.3), the traces of the security agreement
 // (RFC 3329 §2.3), and the rows that are written anew. It returns the index of the identity to assert: the one which
-// P-Preferred-Identity names if it is registered over this SA, else the default public identity.
+// P-Preferred-Identity names if it is registered over this SA, else the default public identity. What From says is no part of
+// that. An identity that the UE claims and does not have is counted.
 func (w *Worker) stripFromUE(u *registrar.UE) (identity int) {
 	m := &w.m
 	for _, row := range m.Rows() {
 		switch row.ID {
 		case sipmsg.PPreferredIdentity:
-			if i := w.identityOf(u, m.Value(row)); i > 0 {
+			if i := w.claimed(u, m.Value(row)); i > 0 {
 				identity = i
 			}
 			w.e.DeleteRow(row)
+		case sipmsg.PAssertedIdentity: // only the network asserts
+			w.claimed(u, m.Value(row))
+			w.e.DeleteRow(row)
 		case sipmsg.SecurityClient, sipmsg.SecurityServer, sipmsg.SecurityVerify,
-			sipmsg.PAssertedIdentity, sipmsg.PAssertedService, sipmsg.PChargingVector, sipmsg.PChargingFunctionAddresses,
+			sipmsg.PAssertedService, sipmsg.PChargingVector, sipmsg.PChargingFunctionAddresses,
 			sipmsg.PMediaAuthorization, sipmsg.PUserDatabase, sipmsg.PProfileKey, sipmsg.PServedUser,
 			sipmsg.PAssociatedURI, sipmsg.ServiceRoute, sipmsg.Path, sipmsg.PVisitedNetworkID, sipmsg.PCalledPartyID,
 			sipmsg.MaxForwards, sipmsg.Route:
@@ -295,6 +299,26 @@ func (w *Worker) stripNetworkProvided(row sipmsg.Row) {
 		return
 	}
 	w.e.Replace(int(row.ValStart), int(row.ValEnd), keep)
+}
+
+// claimed returns the index of the first identity that a row of P-Preferred-Identity names and that is registered over this SA,
+// or -1. There may be two, a sip and a tel URI (RFC 3325 §9.2). It counts a row with one that is not registered.
+func (w *Worker) claimed(u *registrar.UE, value []byte) int {
+	first, foreign := -1, false
+	for len(value) > 0 {
+		var elem []byte
+		elem, value = sipmsg.Element(value)
+		switch i := w.identityOf(u, elem); {
+		case i < 0:
+			foreign = true
+		case first < 0:
+			first = i
+		}
+	}
+	if foreign {
+		w.obs.IdentityMismatch()
+	}
+	return first
 }
 
 // identityOf returns the index of the registered identity that a header value names, or -1.

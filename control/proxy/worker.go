@@ -59,6 +59,7 @@ type Config struct {
 
 	Store    *store.Writer // keeps registrations over a restart; nil: nothing is kept
 	Fleet    *Fleet        // joins the workers of the process; nil for a single one
+	Witness  sa.Witness    // tells operators what came in before the ESP backend saw it; nil: nobody looks
 	Moved    map[Name]Name // UE contexts that a change of the number of workers has given another name
 	TokenKey ims.Key
 	SPIFirst ims.SPI
@@ -100,6 +101,7 @@ type Worker struct {
 	sc      scratch
 
 	rules *policy.Rules
+	began time.Time // of Boot
 	wheel *wheel.Wheel
 	table *registrar.Table
 	kept  *Kept // to be restored by Boot
@@ -178,7 +180,7 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 
 // Boot binds the worker to its event loop.
 func (w *Worker) Boot(eg Egress) {
-	w.eg = eg
+	w.eg, w.began = eg, eg.Now()
 	w.wheel = wheel.New(wheelTick, eg.Now())
 	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Post, setObserver{w})
 	w.startSubscriptions()
@@ -263,6 +265,7 @@ func (w *Worker) fromClear(f ims.Flow) {
 		return
 	}
 	if s := w.table.Holder(f); s != nil {
+		w.table.Hear(s)
 		if m.IsRequest() {
 			w.requestFromUE(f, s)
 		} else {
@@ -281,15 +284,30 @@ func (w *Worker) fromClear(f ims.Flow) {
 	}
 }
 
-// fromProtected handles what arrives on a protected port. The ESP backend has authenticated the addresses and ports,
-// which name the SA and so the UE.
-func (w *Worker) fromProtected(f ims.Flow) {
+// protectedSet returns the set that a flow on a protected port belongs to. The ESP backend has authenticated the addresses
+// and ports, which name the SA and so the UE; where it has marked the packet as well, the mark must say the same. What has no
+// set, or contradicts itself, is counted, its connection reset, and nil returned.
+func (w *Worker) protectedSet(f ims.Flow) *registrar.Set {
 	s := w.table.Find(f)
-	if s == nil {
+	switch {
+	case s == nil:
 		w.obs.Drop(observe.ReasonNoSA)
-		if f.Conn != 0 {
-			w.eg.CloseConn(f.Conn, true)
-		}
+	case f.Label != 0 && f.Label != s.Label:
+		w.obs.Drop(observe.ReasonLabelMismatch)
+	default:
+		w.table.Hear(s)
+		return s
+	}
+	if f.Conn != 0 {
+		w.eg.CloseConn(f.Conn, true)
+	}
+	return nil
+}
+
+// fromProtected handles what arrives on a protected port.
+func (w *Worker) fromProtected(f ims.Flow) {
+	s := w.protectedSet(f)
+	if s == nil {
 		return
 	}
 	if f.Conn != 0 {

@@ -29,7 +29,7 @@ func (a *Association) Key() Key {
 // Holder returns the address association of a flow on the unprotected port: over UDP the one of its source address and
 // port, over TCP the one of its connection. It returns nil where there is none.
 func (t *Table) Holder(f ims.Flow) *Set {
-	s := t.Find(f)
+	s := t.byTuple[t.tuple(f.Local, f.Remote)] // no ESP packet comes in here, so there is no label
 	if s == nil || !s.Clear || s.ConnIn != f.Conn || s.OverTCP != (f.Conn != 0) {
 		return nil
 	}
@@ -69,7 +69,7 @@ func (t *Table) Associate(a *Association, life time.Duration) (*Set, error) {
 	s := &Set{
 		UE: u, Clear: true, Phase: sa.Established, Serial: u.freeSerial(), OverTCP: a.Conn != 0, ConnIn: a.Conn, Used: true,
 		Params: sa.Params{
-			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
+			ID: uint64(t.worker)<<48 | t.nextID, Label: t.label(u),
 			Local: a.Local.Addr(), UE: a.UE.Addr(),
 			Ports: ims.Ports{UC: a.UE.Port(), US: a.UE.Port(), PC: a.Local.Port(), PS: a.Local.Port()},
 		},

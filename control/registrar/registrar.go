@@ -34,8 +34,11 @@ var (
 	ErrAborted = errors.New("SA set dropped while being installed")
 )
 
-// MaxUEs is how many UE contexts one table can hold: flow tokens carry 24 bits of index.
-const MaxUEs = 1<<24 - 1
+// indexBits is the size of an index in flow tokens and labels. The upper bits of a label are the worker.
+const indexBits = 24
+
+// MaxUEs is how many UE contexts one table can hold.
+const MaxUEs = 1<<indexBits - 1
 
 // hardMargin is how much longer the backend keeps an SA than we do, as a backstop for a crash.
 const hardMargin = time.Minute
@@ -114,6 +117,8 @@ type UE struct {
 	ofIMPI, atAddr *UE // the next one with the same IMPI, and the next one at the same address
 
 	large *large // nil until there was one
+
+	heard uint32 // the latest of those of sets that are gone
 }
 
 // large are the transactions of the latest INVITEs of a UE that went over TCP because of their size.
@@ -275,6 +280,8 @@ type Set struct {
 	removing bool // told to go, waiting for its grace
 	kept     bool // by the journal
 
+	heard uint32 // when the last message came in on it, in seconds of Unix time; zero: none since the process started
+
 	Deadline time.Time
 	ConnIn   ims.ConnID // connection opened by the UE, uc to ps
 	ConnOut  ims.ConnID // connection opened by us, pc to us
@@ -291,6 +298,29 @@ type Agreement struct {
 
 	await time.Duration // reg-await-auth
 	began time.Time
+}
+
+// Hear notes that a message has come in on the set, which the ESP backend has verified. On an address association it is one
+// from the phone's address and port.
+func (t *Table) Hear(s *Set) { s.heard = uint32(t.now().Unix()) } //nolint:gosec // until 2106
+
+// Heard returns when the last message came in on the set, to the second; zero: none since the process started.
+func (s *Set) Heard() time.Time { return heardAt(s.heard) }
+
+// Heard returns when the last message of the phone came in, on whatever set.
+func (u *UE) Heard() time.Time {
+	last := u.heard
+	for _, s := range u.Sets {
+		last = max(last, s.heard)
+	}
+	return heardAt(last)
+}
+
+func heardAt(seconds uint32) time.Time {
+	if seconds == 0 {
+		return time.Time{}
+	}
+	return time.Unix(int64(seconds), 0)
 }
 
 // Dropped reports whether the set was told to go.
@@ -433,14 +463,47 @@ func (t *Table) account(s *Set, before bool) {
 }
 
 // Find returns the live set whose inbound SA matches the flow of a message that came in on a protected port, or nil.
-// The backend has authenticated the tuple: the SA's selector binds it to the SA's keys.
+// The backend has authenticated the tuple: the SA's selector binds it to the SA's keys. A label leads to the set without a
+// look-up of the tuple; one that does not fit the tuple changes nothing here, and it is for the caller to compare it with
+// that of the set.
 func (t *Table) Find(f ims.Flow) *Set {
+	if s := t.labelled(f); s != nil {
+		return s
+	}
 	s := t.byTuple[t.tuple(f.Local, f.Remote)]
 	if s == nil || !s.Phase.Live() {
 		return nil
 	}
 	return s
 }
+
+// labelled returns the live set of a flow if its label names the context that has it. It does not where another worker has
+// installed the set, which then has gone over to this one with a restart, nor where the context has another index since.
+func (t *Table) labelled(f ims.Flow) *Set {
+	if f.Label>>indexBits != uint32(t.worker) { //nolint:gosec // at most 256 workers
+		return nil
+	}
+	u := t.at(f.Label & MaxUEs)
+	if u == nil { // as is index zero, and so label zero
+		return nil
+	}
+	for _, s := range u.Sets {
+		if s.Label == f.Label && s.receives(f) && s.Phase.Live() && !s.Clear {
+			return s
+		}
+	}
+	return nil
+}
+
+// receives reports whether a flow is that of an inbound SA of the set.
+func (s *Set) receives(f ims.Flow) bool {
+	ours, theirs := f.Local.Port(), f.Remote.Port()
+	return (ours == s.Ports.PS && theirs == s.Ports.UC || ours == s.Ports.PC && theirs == s.Ports.US) &&
+		f.Remote.Addr() == s.Params.UE && f.Local.Addr() == s.Local
+}
+
+// label is what the SAs of a context are installed with: its name, but for the generation.
+func (t *Table) label(u *UE) uint32 { return uint32(t.worker)<<indexBits | u.Index } //nolint:gosec // at most 256 workers
 
 // Lookup returns the UE context with this index and generation, or nil when it is gone.
 func (t *Table) Lookup(index uint32, gen uint16) *UE {
@@ -637,7 +700,7 @@ func (t *Table) Begin(o *Offer, keys ims.ESPKeys, done func(*Set, error)) (*Set,
 	s := &Set{
 		UE: u, Phase: sa.Reserved, Agreement: &Agreement{await: await, began: t.now()}, initial: o.Over == nil, Serial: u.freeSerial(), Over: o.Over,
 		Params: sa.Params{
-			ID: uint64(t.worker)<<48 | t.nextID, Label: uint32(t.worker)<<24 | u.Index,
+			ID: uint64(t.worker)<<48 | t.nextID, Label: t.label(u),
 			Local: o.Local, UE: o.UE,
 			Ports: ims.Ports{UC: o.PortC, US: o.PortS, PC: pc, PS: ps},
 			SPIs:  ims.SPIs{UC: o.SPIC, US: o.SPIS, PC: spiC, PS: spiS},
@@ -1048,6 +1111,7 @@ func (t *Table) unlink(s *Set, e sa.Event) {
 	}
 	u := s.UE
 	u.Sets = slices.DeleteFunc(u.Sets, func(o *Set) bool { return o == s })
+	u.heard = max(u.heard, s.heard)
 	for _, o := range u.Sets { // no dangling references to a dead set
 		if o.Over == s {
 			o.Over = nil

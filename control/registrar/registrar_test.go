@@ -29,7 +29,7 @@ var (
 
 // bench is a table with a fake backend, and time that the test moves.
 type bench struct {
-	t       *testing.T
+	t       testing.TB
 	table   *Table
 	backend satest.Backend
 	wheel   *wheel.Wheel
@@ -74,7 +74,7 @@ func flowOf(ue netip.Addr, port, local uint16) ims.Flow {
 	}
 }
 
-func newBench(t *testing.T) *bench {
+func newBench(t testing.TB) *bench {
 	t.Helper()
 	b := &bench{
 		t: t, now: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC),

@@ -64,6 +64,7 @@ type Outcome struct {
 	Workers []Worker
 	Moved   map[Name]Name          // former names of contexts, which a change of the number of workers has taken from them
 	SPIs    []ims.SPI              // in use: not to be given out
+	Foreign []ims.SPI              // those of SPIs that other programs have towards our addresses
 	Known   map[uint64]sa.Counters // of the sets that go on: all that the store has now
 
 	Relocated   int // contexts that got another worker now
@@ -196,7 +197,7 @@ func (l *loader) adopt(ctx context.Context) error {
 		return fmt.Errorf("adopt SAs: %w", err)
 	}
 	l.out.Orphans = a.Removed
-	l.out.SPIs = append(l.out.SPIs, a.Foreign...)
+	l.out.SPIs, l.out.Foreign = append(l.out.SPIs, a.Foreign...), a.Foreign
 	held := make(map[uint64]bool, len(a.Adopted))
 	for _, id := range a.Adopted {
 		held[id] = true

@@ -19,8 +19,16 @@ const (
 	// stagger is added between receive buffers. Buffers exactly 64 KiB apart would share the same few cache sets.
 	stagger = 17 * 64
 
-	sizeofName = unix.SizeofSockaddrInet6
+	sizeofName    = unix.SizeofSockaddrInet6
+	sizeofControl = int(unsafe.Sizeof(control{}))
 )
+
+// control has room for the one control message that our sockets ask for, SO_RCVMARK.
+type control struct {
+	hdr  unix.Cmsghdr
+	mark uint32
+	_    uint32 // the kernel rounds up
+}
 
 // maxDatagram is the largest UDP payload over IPv4; over IPv6 it is 20 octets more, which nobody will miss.
 const maxDatagram = 65507
@@ -30,6 +38,7 @@ type receiver struct {
 	hdr  [batchSize]unix.Mmsghdr
 	iov  [batchSize]unix.Iovec
 	name [batchSize]unix.RawSockaddrInet6
+	ctl  [batchSize]control
 	buf  [batchSize][]byte
 }
 
@@ -47,6 +56,8 @@ func newReceiver(size int) *receiver {
 		h.SetIovlen(1)
 		h.Name = (*byte)(unsafe.Pointer(&r.name[i]))
 		h.Namelen = sizeofName
+		h.Control = (*byte)(unsafe.Pointer(&r.ctl[i]))
+		h.SetControllen(sizeofControl)
 	}
 	return r
 }
@@ -64,14 +75,26 @@ func (r *receiver) read(fd int) (int, unix.Errno) {
 }
 
 // datagram returns the i-th datagram of the batch and makes its slot ready for the next read. The octets are valid until
-// then.
-func (r *receiver) datagram(i int) (remote netip.AddrPort, msg []byte, truncated bool) {
+// then. label is the packet's mark, 0 if the socket does not tell.
+func (r *receiver) datagram(i int) (remote netip.AddrPort, msg []byte, label uint32, truncated bool) {
 	h := &r.hdr[i]
 	truncated = h.Hdr.Flags&unix.MSG_TRUNC != 0
 	remote = addrPort(&r.name[i])
 	h.Hdr.Namelen = sizeofName
+	if h.Hdr.Controllen > 0 {
+		label = r.ctl[i].label()
+	}
+	h.Hdr.SetControllen(sizeofControl)
 	n := h.Len
-	return remote, r.buf[i][:n:n], truncated
+	return remote, r.buf[i][:n:n], label, truncated
+}
+
+// label returns the mark that a control message carries, 0 if it is about something else.
+func (c *control) label() uint32 {
+	if c.hdr.Level != unix.SOL_SOCKET || c.hdr.Type != unix.SO_MARK || int(c.hdr.Len) != unix.CmsgLen(4) { //nolint:gosec // G115: at most the buffer's
+		return 0
+	}
+	return c.mark
 }
 
 // addrPort converts a socket address without allocation. The scope of a link-local address is not kept.

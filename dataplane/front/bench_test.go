@@ -99,3 +99,14 @@ func BenchmarkForwardUDP(b *testing.B) {
 	frontbench.Compare(b, benchMessages(), frontbench.RecvFrom(), frontbench.Batch(),
 		frontbench.Front("front-echo", ims.GmClear, plain), frontbench.Front("front-edit", ims.GmClear, edit(b)))
 }
+
+// BenchmarkWorkers compares two workers with one, each message at its owner from the start: what they cost each other. Their
+// batches are smaller, since the same window of messages is spread over both.
+func BenchmarkWorkers(b *testing.B) {
+	var sources []netip.Addr
+	for last := range byte(4) {
+		sources = append(sources, netip.AddrFrom4([4]byte{127, 0, 0, 2 + last}))
+	}
+	frontbench.CompareFrom(b, benchMessages(), sources,
+		frontbench.Workers("one", 1, ims.GmClear, edit(b)), frontbench.Workers("two", 2, ims.GmClear, edit(b)))
+}

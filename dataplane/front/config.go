@@ -25,11 +25,16 @@ type Listener struct {
 	Worker int
 }
 
+// labelled tells whether packets come here with labels of the ESP backend: the kernel's sets them, in the namespace in
+// which it works. What the other backend's tunnel delivers into the hidden one has none.
+func (l *Listener) labelled() bool { return l.Side == ims.GmProtected && !l.Hidden }
+
 // Config says what New shall run. Zero values of limits and times stand for the defaults named here.
 type Config struct {
 	Workers   int // default 1
 	Listeners []Listener
 	Hidden    *hostnet.NS // namespace of hidden sockets; nil: that of the process
+	Steering  Steering    // nil: classic BPF for UDP, and connections are accepted by one socket for all workers
 
 	MaxMessage int // octets of one SIP message, default 65535
 

@@ -30,8 +30,12 @@ type Front struct {
 	workers []*Worker
 	engines []*events
 	tcp     []tcpListener
+	homes   homes
 	dials   [2]dialer // to Mw and to Gm: phones that do not answer must not delay dials to the core
 	room    int       // connections for which there are descriptors
+
+	steering    Steering  // nil unless it steers a group
+	steeringOff sync.Once // said that it cannot
 
 	ctx        context.Context // ends when Close begins
 	cancel     context.CancelFunc
@@ -46,13 +50,16 @@ type Front struct {
 	conns        atomic.Int64 // connections, and reservations for them
 	clear        sources      // those of the unprotected side
 	acceptErrors atomic.Uint64
+	strays       atomic.Uint64
 	dialErrors   atomic.Uint64
 	drops        [numDrops]atomic.Uint64 // those that no worker counts
 }
 
+// tcpListener is a listening socket.
 type tcpListener struct {
 	Listener
-	ln *net.TCPListener
+	ln     *net.TCPListener
+	member int // worker whose socket it is, -1: the only one of all workers
 }
 
 // New opens the listeners and starts one worker for each handler. When it returns every handler's Boot has been called.
@@ -92,7 +99,7 @@ func (f *Front) start(handlers []Handler) error {
 		}
 	}
 	for _, t := range f.tcp {
-		f.accepting.Go(func() { f.acceptLoop(t.ln, t.Listener) })
+		f.accepting.Go(func() { f.acceptLoop(t.ln, t.Listener, t.member) })
 	}
 	f.background.Go(f.tickLoop)
 	return nil
@@ -155,7 +162,7 @@ func (f *Front) openListener(l *Listener) (fds []int, err error) {
 			members = len(f.workers)
 		}
 		err := f.cfg.inNamespace(l.Hidden, func() (err error) {
-			fds, l.Addr, err = f.cfg.openGroup(l.Addr, members)
+			fds, l.Addr, err = f.cfg.openGroup(*l, members)
 			return err
 		})
 		if err != nil {
@@ -163,15 +170,41 @@ func (f *Front) openListener(l *Listener) (fds []int, err error) {
 		}
 	}
 	if l.TCP {
-		ln, err := f.cfg.listenTCP(*l)
-		if err != nil {
+		if err := f.openStreams(l); err != nil {
 			closeAll(fds)
 			return nil, fmt.Errorf("listen on %s/tcp: %w", l.Addr, err)
 		}
-		l.Addr = addrPortOf(ln.Addr().(*net.TCPAddr)) //nolint:forcetypeassert // a TCP listener's
-		f.tcp = append(f.tcp, tcpListener{*l, ln})
 	}
 	return fds, nil
+}
+
+// openStreams starts to listen for connections. With a steering program each worker has a socket of its own, so that a
+// connection is accepted where it belongs; all of them exist before the first one is accepted.
+func (f *Front) openStreams(l *Listener) error {
+	members := 1
+	if f.cfg.Steering != nil && l.Worker < 0 && isGm(l.Side) {
+		members = len(f.workers)
+	}
+	lns, err := f.cfg.listenTCP(*l, members)
+	if err != nil {
+		return err
+	}
+	l.Addr = addrPortOf(lns[0].Addr().(*net.TCPAddr)) //nolint:forcetypeassert // a TCP listener's
+	first := len(f.tcp)
+	for k, ln := range lns {
+		f.tcp = append(f.tcp, tcpListener{Listener: *l, ln: ln, member: k})
+	}
+	if members == 1 {
+		f.tcp[first].member = -1
+		return nil
+	}
+	fds, err := duplicates(lns)
+	defer closeAll(fds)
+	if err != nil {
+		return err
+	}
+	f.steer(*l, ims.TCP, fds)
+	return nil
 }
 
 // distribute gives each worker the socket that it receives from, or for a listener of another worker a duplicate to send
@@ -184,10 +217,7 @@ func (f *Front) distribute(l Listener, fds []int) error {
 	members := len(fds)
 	steered := shared && members > 1 && isGm(l.Side)
 	if steered {
-		if err := attachSteering(fds[0], l.Addr.Addr().Is6(), members); err != nil {
-			// Not needed for correctness: workers hand over what is not theirs.
-			f.log.Warn("steering is off, messages go from worker to worker", errAttr(err))
-		}
+		f.steer(l, ims.UDP, fds)
 	}
 	newSocket := func(w *Worker, fd int) *udpSocket {
 		s := &udpSocket{fd: fd, addr: l.Addr, side: l.Side, steered: steered, out: newSendQueue(), report: w.reporter(l.Side)}
@@ -342,17 +372,26 @@ func (f *Front) Err() error {
 	return errors.Join(errs...)
 }
 
-// Stats returns the counters. It may be called from any goroutine.
+// Stats returns the counters, those of all events that have ended before the call among them. It may be called from any
+// goroutine but a worker's own, wakes the workers up and waits for them. What a worker that is stuck has counted since the
+// last call is missing.
 func (f *Front) Stats() Stats {
 	var s Stats
-	for _, w := range f.workers {
-		ws := w.stats()
+	late, cancel := context.WithTimeout(context.Background(), statsWait)
+	defer cancel()
+	published := make([]<-chan struct{}, len(f.workers))
+	for i, w := range f.workers {
+		published[i] = w.ask()
+	}
+	for i, w := range f.workers {
+		ws := w.stats(published[i], late.Done())
 		s.add(&ws)
 	}
 	for i := range f.drops {
 		s.drops[i] += f.drops[i].Load()
 	}
 	s.AcceptErrors += f.acceptErrors.Load()
+	s.Strays += f.strays.Load()
 	s.DialErrors += f.dialErrors.Load()
 	return s
 }

@@ -469,8 +469,8 @@ func TestBell(t *testing.T) {
 				_, err = unix.Write(bell, []byte{0})
 			}
 			mustEqual(t, "error", err, error(unix.EAGAIN))
-			q.ringLocked()
-			mustEqual(t, "rung", q.rung, true)
+			q.ring()
+			mustEqual(t, "rung", q.rung.Load(), true)
 		})
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -42,29 +43,43 @@ func (p *buffer) release() {
 }
 
 // inbox is the queue of tasks for one loop, many producers and one consumer, in order. Its doorbell is one end of a
-// socket pair whose other end the loop watches; at most one datagram is outstanding. Not for the message hot path: a
-// push costs a lock, and a wake-up one write.
+// socket pair whose other end the loop watches; as a rule at most one datagram is outstanding. Not for the message hot
+// path: a push costs a lock, and a wake-up one write. Nobody rings with mu held, since the loop wakes up and wants it; and
+// where there are no tasks, at every tick that is, the loop does not want it.
 type inbox struct {
+	limit int
+	rung  atomic.Bool
+	tick  atomic.Bool // a tick is due
+	tell  atomic.Bool // something has changed below since the consumer looked
+
 	mu      sync.Mutex
 	tasks   []task
-	spare   []task // the consumer's previous batch
+	spare   []task // the consumer's previous batch, empty tasks
 	hands   int    // messages among tasks
 	dropped uint64 // messages refused because there were too many
-	limit   int
-	bell    int // descriptor to ring
-	rung    bool
-	tick    bool // a tick is due
-	stop    bool // the loop shall end
-	closed  bool // nothing more is accepted
-	shut    bool // the doorbell's descriptor is gone
+	stop    bool   // the loop shall end
+	closed  bool   // nothing more is accepted but results
+	over    bool   // the loop has ended
+
+	using sync.RWMutex // of the descriptor: read to ring, written to close
+	bell  int          // descriptor to ring
+	shut  bool         // it is gone
 }
 
 // push appends a task. must is for results of which somebody waits; they are bounded by what caused them, and still
 // taken while the loop ends.
 func (q *inbox) push(t task, must bool) error {
+	if err := q.add(t, must); err != nil {
+		return err
+	}
+	q.ring()
+	return nil
+}
+
+func (q *inbox) add(t task, must bool) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.shut || (q.closed && !must) {
+	if q.over || (q.closed && !must) {
 		return ErrClosed
 	}
 	if t.run == nil {
@@ -77,47 +92,54 @@ func (q *inbox) push(t task, must bool) error {
 		return ErrBusy
 	}
 	q.tasks = append(q.tasks, t)
-	q.ringLocked()
+	q.tell.Store(true)
 	return nil
 }
 
 // markTick makes a tick due. It rings even if one is due already: an earlier ring may have failed.
 func (q *inbox) markTick() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if !q.closed {
-		q.tick = true
-		q.ringLocked()
-	}
+	q.tick.Store(true)
+	q.ring()
 }
 
 // finish refuses further tasks and makes the loop end after those that are queued.
 func (q *inbox) finish() {
 	q.mu.Lock()
-	defer q.mu.Unlock()
 	q.closed, q.stop = true, true
-	q.ringLocked()
+	q.tell.Store(true)
+	q.mu.Unlock()
+	q.ring()
 }
 
-func (q *inbox) ringLocked() {
-	if q.rung || q.shut {
+// ring wakes the loop up to look at what was put here before.
+func (q *inbox) ring() {
+	if q.rung.Load() || q.rung.Swap(true) {
+		return // the loop takes that back before it looks
+	}
+	q.using.RLock()
+	defer q.using.RUnlock()
+	if q.shut {
 		return
 	}
 	// A full socket buffer means that a ring is outstanding. After any other error, lack of memory say, the next caller
 	// rings, which is the ticker at the latest.
-	_, err := unix.Write(q.bell, []byte{0})
-	q.rung = err == nil || errors.Is(err, unix.EAGAIN)
+	if _, err := unix.Write(q.bell, []byte{0}); err != nil && !errors.Is(err, unix.EAGAIN) {
+		q.rung.Store(false)
+	}
 }
 
-// take returns what is to be done. The tasks are valid until the next call.
+// take returns what is to be done. The tasks are valid until the next call, before which the loop has to clear them.
 func (q *inbox) take() (tasks []task, tick, stop bool) {
+	q.rung.Store(false)
+	tick = q.tick.Swap(false)
+	if !q.tell.Swap(false) {
+		return nil, tick, false
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.rung = false
-	tasks, tick, stop = q.tasks, q.tick, q.stop
-	clear(q.spare)
+	tasks, stop = q.tasks, q.stop
 	q.tasks, q.spare = q.spare[:0], tasks
-	q.hands, q.tick = 0, false
+	q.hands = 0
 	return tasks, tick, stop
 }
 
@@ -130,8 +152,10 @@ func (q *inbox) drops() uint64 {
 // close gives the doorbell's descriptor back. The loop has ended.
 func (q *inbox) close() {
 	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.closed = true
+	q.closed, q.over = true, true
+	q.mu.Unlock()
+	q.using.Lock()
+	defer q.using.Unlock()
 	if !q.shut {
 		q.shut = true
 		_ = unix.Close(q.bell)

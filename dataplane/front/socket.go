@@ -180,8 +180,9 @@ func (c *Config) claimTCP(addr netip.AddrPort) (netip.AddrPort, error) {
 }
 
 // openGroup opens the UDP sockets of a listener, one for each of n workers, in order. The address it returns has the port
-// that the kernel chose if addr has none.
-func (c *Config) openGroup(addr netip.AddrPort, n int) (fds []int, bound netip.AddrPort, err error) {
+// that the kernel chose if that of the listener has none.
+func (c *Config) openGroup(l Listener, n int) (fds []int, bound netip.AddrPort, err error) {
+	addr := l.Addr
 	defer func() {
 		if err != nil {
 			closeAll(fds)
@@ -189,6 +190,9 @@ func (c *Config) openGroup(addr netip.AddrPort, n int) (fds []int, bound netip.A
 		}
 	}()
 	opts := c.udpOptions(addr.Addr().Is6())
+	if l.labelled() { // an older kernel does without
+		opts = append(opts, option{level: unix.SOL_SOCKET, name: unix.SO_RCVMARK, value: 1, optional: true})
+	}
 	first, err := openAlone(unix.SOCK_DGRAM, addr, opts)
 	if err != nil {
 		return nil, addr, err
@@ -214,8 +218,16 @@ func closeAll(fds []int) {
 	}
 }
 
-// listenTCP opens a listening socket.
-func (c *Config) listenTCP(l Listener) (*net.TCPListener, error) {
+// listenTCP opens the listening sockets of a listener, n of them at the same address, in order.
+func (c *Config) listenTCP(l Listener, n int) (lns []*net.TCPListener, err error) {
+	defer func() {
+		if err != nil {
+			for _, ln := range lns {
+				_ = ln.Close()
+			}
+			lns = nil
+		}
+	}()
 	v6 := l.Addr.Addr().Is6()
 	opts := append(shareOptions(), c.addressOptions(v6)...)
 	opts = append(opts, c.segmentOptions(l.Side)...) // accepted connections inherit it
@@ -231,19 +243,55 @@ func (c *Config) listenTCP(l Listener) (*net.TCPListener, error) {
 	if v6 {
 		network = "tcp6"
 	}
-	var ln net.Listener
-	err := c.inNamespace(l.Hidden, func() error {
+	err = c.inNamespace(l.Hidden, func() error {
 		addr, err := c.claimTCP(l.Addr)
 		if err != nil {
 			return err
 		}
-		ln, err = lc.Listen(context.Background(), network, addr.String())
-		return err
+		for len(lns) < n {
+			ln, err := lc.Listen(context.Background(), network, addr.String())
+			if err != nil {
+				return err
+			}
+			lns = append(lns, ln.(*net.TCPListener)) //nolint:forcetypeassert // what the network gives
+		}
+		return nil
 	})
-	if err != nil {
-		return nil, err
+	return lns, err
+}
+
+// duplicates returns descriptors of listening sockets, the caller's to close also with an error.
+func duplicates(lns []*net.TCPListener) (fds []int, err error) {
+	for _, ln := range lns {
+		rc, err := ln.SyscallConn()
+		if err != nil {
+			return fds, err
+		}
+		var fd int
+		var dup error
+		// Not ln.File: it gives the descriptor away by a file that makes the socket block.
+		err = rc.Control(func(s uintptr) { fd, dup = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 0) })
+		if err := errors.Join(err, os.NewSyscallError("fcntl", dup)); err != nil {
+			return fds, err
+		}
+		fds = append(fds, fd)
 	}
-	return ln.(*net.TCPListener), nil //nolint:forcetypeassert // what the network gives
+	return fds, nil
+}
+
+// socketMark returns the mark of an accepted connection: with net.ipv4.tcp_fwmark_accept that of the packet which opened
+// it, else 0.
+func socketMark(c *net.TCPConn) (mark uint32) {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	_ = rc.Control(func(fd uintptr) {
+		if n, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK); err == nil {
+			mark = uint32(n) //nolint:gosec // G115: 32 bits of the kernel
+		}
+	})
+	return mark
 }
 
 func (c *Config) segmentOptions(side ims.Side) []option {

@@ -2,6 +2,9 @@ package front
 
 import (
 	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -99,8 +102,8 @@ func (s *SideStats) add(o SideStats) {
 
 const numSides = int(ims.Mw) + 1
 
-// Stats are the counters of a Front since its start, summed over the workers. Those of a worker are published at the
-// end of each of its events.
+// Stats are the counters of a Front since its start, summed over the workers. Those of a worker are as they were at the end
+// of an event.
 type Stats struct {
 	sides [numSides]SideStats
 	drops [numDrops]uint64
@@ -114,6 +117,7 @@ type Stats struct {
 
 	Accepted     uint64 // connections from peers
 	AcceptErrors uint64 // failed accept calls, EMFILE for example
+	Strays       uint64 // connections that came in at the socket of another worker than theirs
 	Dialed       uint64 // connections to peers
 	DialErrors   uint64 // failed ones
 	Closed       uint64 // connections closed, by either end
@@ -151,8 +155,49 @@ func (s *Stats) add(o *Stats) {
 	s.Panics += o.Panics
 	s.Accepted += o.Accepted
 	s.AcceptErrors += o.AcceptErrors
+	s.Strays += o.Strays
 	s.Dialed += o.Dialed
 	s.DialErrors += o.DialErrors
 	s.Closed += o.Closed
 	s.Connections += o.Connections
+}
+
+// statsWait is how long a reader of counters waits for the loops. One that takes longer for one event is stuck.
+const statsWait = time.Second
+
+// ledger passes a loop's counters on to those who ask for them. Where nobody does an event costs one load.
+type ledger struct {
+	asked atomic.Bool
+
+	mu   sync.Mutex
+	next chan struct{} // closed when the loop has published; nil: nobody has asked since
+	pub  Stats
+}
+
+// ask makes the loop publish at the end of an event that has not ended yet.
+func (l *ledger) ask() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.next == nil {
+		l.next = make(chan struct{})
+		l.asked.Store(true)
+	}
+	return l.next
+}
+
+// publish is called by the loop.
+func (l *ledger) publish(s *Stats) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.pub = *s
+	l.asked.Store(false)
+	close(l.next)
+	l.next = nil
+}
+
+// last returns what was published last.
+func (l *ledger) last() Stats {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.pub
 }

@@ -28,14 +28,15 @@ type accepter interface {
 	AcceptTCP() (*net.TCPConn, error)
 }
 
-// acceptLoop accepts connections until the listener is closed. Running out of descriptors does not end it.
-func (f *Front) acceptLoop(ln accepter, l Listener) {
+// acceptLoop accepts connections until the listener is closed. Running out of descriptors does not end it. member is the
+// worker whose socket it is, -1: that of all.
+func (f *Front) acceptLoop(ln accepter, l Listener, member int) {
 	backoff := time.Duration(0)
 	for {
 		c, err := ln.AcceptTCP()
 		if err == nil {
 			backoff = 0
-			f.accepted(c, l)
+			f.accepted(c, l, member)
 			continue
 		}
 		if errors.Is(err, net.ErrClosed) || f.ctx.Err() != nil {
@@ -54,8 +55,9 @@ func (f *Front) acceptLoop(ln accepter, l Listener) {
 	}
 }
 
-// accepted gives a new connection to its worker.
-func (f *Front) accepted(c *net.TCPConn, l Listener) {
+// accepted gives a new connection to its worker. That need not be the one at whose socket it came in: its address may have
+// moved since, and the kernel may have chosen without the steering program.
+func (f *Front) accepted(c *net.TCPConn, l Listener, member int) {
 	remote, ok := c.RemoteAddr().(*net.TCPAddr)
 	switch {
 	case !ok:
@@ -69,13 +71,19 @@ func (f *Front) accepted(c *net.TCPConn, l Listener) {
 	}
 	peer := addrPortOf(remote)
 	flow := ims.Flow{Local: l.Addr, Remote: peer, Transport: ims.TCP, Side: l.Side}
+	if l.labelled() {
+		flow.Label = socketMark(c)
+	}
 	if !f.reserve(flow, f.cfg.MaxConnections) {
 		f.drop(c, DropConnectionLimit)
 		return
 	}
 	w := l.Worker
 	if w < 0 {
-		w = Owner(peer.Addr(), len(f.workers))
+		w = f.Owner(peer.Addr())
+		if member >= 0 && member != w {
+			f.strays.Add(1)
+		}
 	}
 	k := &conn{w: f.workers[w], flow: flow}
 	if err := tuneTCP(c, l.Side); err != nil { // the peer is gone already

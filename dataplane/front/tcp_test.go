@@ -875,11 +875,11 @@ func TestAcceptLoopErrors(t *testing.T) {
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	defer f.cancel()
 	l := &failing{errs: []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, net.ErrClosed}}
-	f.acceptLoop(l, Listener{Addr: loop4})
+	f.acceptLoop(l, Listener{Addr: loop4}, -1)
 	mustEqual(t, "calls", l.n, 4)
 	mustEqual(t, "errors", f.acceptErrors.Load(), 3)
 	// Ends while it backs off.
 	l = &failing{errs: []error{unix.EMFILE}}
 	time.AfterFunc(time.Millisecond, f.cancel)
-	f.acceptLoop(l, Listener{Addr: loop4})
+	f.acceptLoop(l, Listener{Addr: loop4}, -1)
 }

@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"runtime/debug"
-	"sync"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
@@ -59,7 +58,7 @@ type udpSocket struct {
 	fd      int
 	addr    netip.AddrPort
 	side    ims.Side
-	steered bool // datagrams belong to the worker that Owner tells
+	steered bool // datagrams belong to the worker that Front.Owner tells
 	own     bool // this worker's member; otherwise a duplicate of another worker's, for sending only
 	out     *sendQueue
 	report  sent
@@ -108,9 +107,8 @@ type Worker struct {
 	panicLogged time.Time
 	dropsRead   time.Time
 
-	st    Stats // the loop's own
-	pubMu sync.Mutex
-	pub   Stats // copy for readers
+	st     Stats // the loop's own
+	ledger ledger
 }
 
 // Index returns the worker's number.
@@ -247,9 +245,9 @@ func (w *Worker) leave() {
 	w.closed = w.closed[:0]
 	w.flush()
 	w.depth--
-	w.pubMu.Lock()
-	w.pub = w.st
-	w.pubMu.Unlock()
+	if w.ledger.asked.Load() {
+		w.ledger.publish(&w.st)
+	}
 }
 
 func (w *Worker) boot() {
@@ -303,6 +301,14 @@ func (w *Worker) dialed(tag uint64, id ims.ConnID, f ims.Flow, err error) {
 	w.h.Dialed(tag, id, f, err)
 }
 
+// runTasks leaves nothing behind in the slice, which waits for its next use and would hold it.
+func (w *Worker) runTasks(tasks []task) {
+	for i, t := range tasks {
+		tasks[i] = task{}
+		w.runTask(t)
+	}
+}
+
 func (w *Worker) runTask(t task) {
 	if t.run == nil {
 		w.st.Handovers++
@@ -314,10 +320,11 @@ func (w *Worker) runTask(t task) {
 	t.run()
 }
 
-// drainUDP handles the datagram that gnet has read and then what else is queued.
+// drainUDP handles the datagram that gnet has read, without control messages and so without a label, and then what else is
+// queued.
 func (w *Worker) drainUDP(s *udpSocket, remote netip.AddrPort, msg []byte) {
 	w.st.Wakeups++
-	w.datagram(s, remote, msg, false)
+	w.datagram(s, remote, msg, 0, false)
 	for range maxBatches {
 		n, errno := w.rx.read(s.fd)
 		if errno != 0 { // EAGAIN, or an ICMP error that the next read will not see
@@ -325,8 +332,8 @@ func (w *Worker) drainUDP(s *udpSocket, remote netip.AddrPort, msg []byte) {
 		}
 		w.st.ReadBatches++
 		for i := range n {
-			remote, msg, truncated := w.rx.datagram(i)
-			w.datagram(s, remote, msg, truncated)
+			remote, msg, label, truncated := w.rx.datagram(i)
+			w.datagram(s, remote, msg, label, truncated)
 		}
 		if n < batchSize {
 			break
@@ -334,7 +341,7 @@ func (w *Worker) drainUDP(s *udpSocket, remote netip.AddrPort, msg []byte) {
 	}
 }
 
-func (w *Worker) datagram(s *udpSocket, remote netip.AddrPort, msg []byte, truncated bool) {
+func (w *Worker) datagram(s *udpSocket, remote netip.AddrPort, msg []byte, label uint32, truncated bool) {
 	side := &w.st.sides[s.side]
 	side.DatagramsIn++
 	side.BytesIn += uint64(len(msg))
@@ -351,9 +358,9 @@ func (w *Worker) datagram(s *udpSocket, remote netip.AddrPort, msg []byte, trunc
 		w.st.drops[drop]++
 		return
 	}
-	f := ims.Flow{Local: s.addr, Remote: remote, Transport: ims.UDP, Side: s.side}
+	f := ims.Flow{Local: s.addr, Remote: remote, Transport: ims.UDP, Side: s.side, Label: label}
 	if s.steered {
-		if owner := Owner(remote.Addr(), len(w.f.workers)); owner != w.idx {
+		if owner := w.f.Owner(remote.Addr()); owner != w.idx {
 			_ = w.Hand(owner, f, msg) // a full queue is counted there
 			return
 		}
@@ -406,9 +413,7 @@ func (w *Worker) readSocketDrops() {
 // wake does what other goroutines want. It reports whether the loop shall end.
 func (w *Worker) wake() (stop bool) {
 	tasks, tick, stop := w.inbox.take()
-	for _, t := range tasks {
-		w.runTask(t)
-	}
+	w.runTasks(tasks)
 	if !stop {
 		if tick {
 			w.tick()
@@ -417,20 +422,30 @@ func (w *Worker) wake() (stop bool) {
 	}
 	for len(tasks) > 0 { // the refusals of what those have asked for
 		tasks, _, _ = w.inbox.take()
-		for _, t := range tasks {
-			w.runTask(t)
-		}
+		w.runTasks(tasks)
 	}
 	w.readSocketDrops()
 	w.closeAll()
 	return true
 }
 
-// stats returns the published counters.
-func (w *Worker) stats() Stats {
-	w.pubMu.Lock()
-	defer w.pubMu.Unlock()
-	s := w.pub
+// ask has the loop publish its counters. The channel is closed when it has.
+func (w *Worker) ask() <-chan struct{} {
+	published := w.ledger.ask()
+	w.inbox.ring()
+	return published
+}
+
+// stats returns the counters that the loop has published, or when late is closed before those of the time before.
+func (w *Worker) stats(published, late <-chan struct{}) (s Stats) {
+	select {
+	case <-published:
+		s = w.ledger.last()
+	case <-w.ended:
+		s = w.st // nobody else uses it any more
+	case <-late:
+		s = w.ledger.last()
+	}
 	s.drops[DropQueueFull] += w.inbox.drops()
 	return s
 }

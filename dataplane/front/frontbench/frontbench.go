@@ -37,18 +37,23 @@ const (
 	stopAfter = 50 * time.Millisecond // how often a bare loop looks whether it shall stop
 )
 
-// Design is a way of forwarding. Start makes it forward whatever arrives at the address that it returns to sink, from any
-// port of 127.0.0.1, until stop.
+// Design is a way of forwarding. Start makes it forward whatever arrives at the address that it returns to sink, until stop.
 type Design struct {
 	Name  string
 	Start func(tb testing.TB, sink netip.AddrPort) (at netip.AddrPort, stop func())
 }
 
-// Compare reports the CPU time per message of each design and its ratio to the first one. Messages are sent in turn. b.N
-// is the number of messages for each design.
+// Compare reports the CPU time per message of each design and its ratio to the first one. Messages are sent in turn, from
+// 127.0.0.1. b.N is the number of messages for each design.
 func Compare(b *testing.B, messages [][]byte, designs ...Design) {
 	b.Helper()
-	g := newGenerator(b, messages)
+	CompareFrom(b, messages, []netip.Addr{local}, designs...)
+}
+
+// CompareFrom is Compare with messages from several IPv4 addresses of loopback, a burst from each in turn.
+func CompareFrom(b *testing.B, messages [][]byte, sources []netip.Addr, designs ...Design) {
+	b.Helper()
+	g := newGenerator(b, messages, sources)
 	defer g.close()
 	n := max(b.N/rounds, minRound)
 	cost := make([][]float64, len(designs))
@@ -83,8 +88,11 @@ func Compare(b *testing.B, messages [][]byte, designs ...Design) {
 	}
 }
 
-// socket opens a UDP socket on loopback whose reads block for some time.
-func socket(tb testing.TB, wait time.Duration) (fd int, at netip.AddrPort) {
+// local is where everything but the sources is.
+var local = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
+// socket opens a UDP socket at an address of loopback. Its reads block for some time.
+func socket(tb testing.TB, addr netip.Addr, wait time.Duration) (fd int, at netip.AddrPort) {
 	tb.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -97,7 +105,7 @@ func socket(tb testing.TB, wait time.Duration) (fd int, at netip.AddrPort) {
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
 		tb.Fatal(os.NewSyscallError("setsockopt", err))
 	}
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: addr.As4()}); err != nil {
 		tb.Fatal(os.NewSyscallError("bind", err))
 	}
 	sa, err := unix.Getsockname(fd)
@@ -105,7 +113,7 @@ func socket(tb testing.TB, wait time.Duration) (fd int, at netip.AddrPort) {
 		tb.Fatal(os.NewSyscallError("getsockname", err))
 	}
 	port := uint16(sa.(*unix.SockaddrInet4).Port) //nolint:gosec,forcetypeassert // G115: a port of an IPv4 socket
-	return fd, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)
+	return fd, netip.AddrPortFrom(addr, port)
 }
 
 // batch is a set of datagrams for recvmmsg and sendmmsg.
@@ -150,7 +158,8 @@ func (b *batch) call(trap uintptr, fd, n, flags int) (int, error) {
 // generator is the load.
 type generator struct {
 	send, sink *batch
-	sendFD     int
+	sendFDs    []int // one for each source
+	bursts     int   // sent
 	sinkFD     int
 	sinkAddr   netip.AddrPort
 	messages   [][]byte
@@ -158,16 +167,21 @@ type generator struct {
 	lost       int
 }
 
-func newGenerator(tb testing.TB, messages [][]byte) *generator {
+func newGenerator(tb testing.TB, messages [][]byte, sources []netip.Addr) *generator {
 	tb.Helper()
 	g := &generator{send: newBatch(), sink: newBatch(), messages: messages}
-	g.sendFD, _ = socket(tb, patience)
-	g.sinkFD, g.sinkAddr = socket(tb, patience)
+	for _, a := range sources {
+		fd, _ := socket(tb, a, patience)
+		g.sendFDs = append(g.sendFDs, fd)
+	}
+	g.sinkFD, g.sinkAddr = socket(tb, local, patience)
 	return g
 }
 
 func (g *generator) close() {
-	_ = unix.Close(g.sendFD)
+	for _, fd := range g.sendFDs {
+		_ = unix.Close(fd)
+	}
 	_ = unix.Close(g.sinkFD)
 }
 
@@ -188,7 +202,8 @@ func (g *generator) run(tb testing.TB, at netip.AddrPort, n int) float64 {
 				g.send.iov[i].Base = &m[0]
 				g.send.iov[i].SetLen(len(m))
 			}
-			r, err := g.send.call(unix.SYS_SENDMMSG, g.sendFD, k, 0)
+			r, err := g.send.call(unix.SYS_SENDMMSG, g.sendFDs[g.bursts%len(g.sendFDs)], k, 0)
+			g.bursts++
 			if err != nil {
 				tb.Fatal(os.NewSyscallError("sendmmsg", err))
 			}
@@ -254,7 +269,7 @@ func loop(f func() error) (stop func()) {
 func RecvFrom() Design {
 	return Design{Name: "recvfrom", Start: func(tb testing.TB, sink netip.AddrPort) (netip.AddrPort, func()) {
 		tb.Helper()
-		fd, at := socket(tb, stopAfter)
+		fd, at := socket(tb, local, stopAfter)
 		b := newBatch()
 		b.to(sink)
 		buf := b.mem[:bufSize]
@@ -278,7 +293,7 @@ func RecvFrom() Design {
 func Batch() Design {
 	return Design{Name: "mmsg", Start: func(tb testing.TB, sink netip.AddrPort) (netip.AddrPort, func()) {
 		tb.Helper()
-		fd, at := socket(tb, stopAfter)
+		fd, at := socket(tb, local, stopAfter)
 		b := newBatch()
 		stop := loop(func() error {
 			for i := range b.hdr {
@@ -302,15 +317,28 @@ func Batch() Design {
 
 // Front is a front.Front with one worker and one UDP listener, and a handler that sends what it gets to sink.
 func Front(name string, side ims.Side, newHandler func(sink netip.AddrPort) front.Handler) Design {
+	return Workers(name, 1, side, newHandler)
+}
+
+// Workers is Front with several workers that share the listener. The kernel steers: a message that is handed over is an
+// error.
+func Workers(name string, n int, side ims.Side, newHandler func(sink netip.AddrPort) front.Handler) Design {
 	return Design{Name: name, Start: func(tb testing.TB, sink netip.AddrPort) (netip.AddrPort, func()) {
 		tb.Helper()
-		f, err := front.New(front.Config{Listeners: []front.Listener{{
-			Addr: netip.MustParseAddrPort("127.0.0.1:0"), Side: side, UDP: true, Worker: -1,
-		}}}, []front.Handler{newHandler(sink)})
+		var handlers []front.Handler
+		for range n {
+			handlers = append(handlers, newHandler(sink))
+		}
+		f, err := front.New(front.Config{Workers: n, Listeners: []front.Listener{{
+			Addr: netip.AddrPortFrom(local, 0), Side: side, UDP: true, Worker: -1,
+		}}}, handlers)
 		if err != nil {
 			tb.Fatal(err)
 		}
 		return f.Listeners()[0].Addr, func() {
+			if s := f.Stats(); s.Handovers > 0 {
+				tb.Errorf("%s: %d messages were handed over", name, s.Handovers)
+			}
 			if err := f.Close(context.Background()); err != nil {
 				tb.Error(err)
 			}

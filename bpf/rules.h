@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rules by which packets to us are judged.
+#pragma once
+
+#include "stats.h"
+
+// payload is what of an IP packet's payload can be read directly.
+struct payload {
+	void *data, *end;
+};
+
+// admit takes a token out of the bucket of a packet's source: an IPv4 address or an IPv6 /64, the least that one
+// subscriber has. Two CPUs that race for one bucket may let a packet more pass.
+static __always_inline int admit(const struct packet *p)
+{
+	struct address key = p->source;
+	__u64 now, full, *at;
+
+	if (!limit_interval)
+		return 1;
+	if (key.word[0] || key.word[1] || key.word[2] != bpf_htonl(0xffff)) {
+		key.word[2] = 0;
+		key.word[3] = 0;
+	}
+	now = bpf_ktime_get_coarse_ns();
+	at = bpf_map_lookup_elem(&sources, &key);
+	if (!at) {
+		full = now + limit_interval;
+		bpf_map_update_elem(&sources, &key, &full, BPF_ANY);
+		return 1;
+	}
+	full = *(volatile __u64 *)at;
+	if (full < now)
+		full = now;
+	if (full - now > limit_burst)
+		return 0;
+	*(volatile __u64 *)at = full + limit_interval;
+	return 1;
+}
+
+static __always_inline int judge_esp(struct packet *p, const struct payload *l, __u32 *header, __u32 length,
+				     enum reason known)
+{
+	struct sa_key key = {.local = p->local};
+	struct sa_value *sa;
+	__u64 now;
+
+	if (length < ESP_HEADER || (void *)(header + 2) > l->end)
+		return DROP_ESP_SHORT;
+	key.spi = bpf_ntohl(*header);
+	p->spi = key.spi;
+	if (key.spi < SPI_FIRST)
+		return DROP_SPI_RESERVED;
+	sa = bpf_map_lookup_elem(&sas, &key);
+	if (!sa)
+		return pass_unknown ? PASS_UNKNOWN_SPI : DROP_UNKNOWN_SPI;
+	if (sa->flags & SA_ANY_SOURCE)
+		return PASS_UNKNOWN_SPI;
+	if (!equal(&p->source, &sa->source))
+		return DROP_WRONG_SOURCE;
+	now = bpf_ktime_get_coarse_ns();
+	use(sa->slot, p->bytes, now);
+	if (sa->flags & SA_UNUSED)
+		report(p, sa, key.spi, now);
+	return known;
+}
+
+// judge_esp_in_udp tells ESP from IKE and keep-alives (RFC 3948 section 2).
+static __always_inline int judge_esp_in_udp(struct packet *p, const struct payload *l, __u32 *header, __u32 length)
+{
+	__u8 *first = (__u8 *)header;
+
+	if (length == 1 && (void *)(first + 1) <= l->end && *first == 0xff)
+		return PASS_KEEPALIVE;
+	if (length >= 4 && (void *)(header + 1) <= l->end && *header == 0)
+		return PASS_IKE;
+	return judge_esp(p, l, header, length, PASS_ESP_UDP);
+}
+
+// begins_register reports whether a datagram is a REGISTER, or may be one as far as can be seen.
+static __always_inline int begins_register(struct packet *p, const struct payload *l, __u8 *text, __u32 length)
+{
+	__u32 *word = (__u32 *)text;
+
+	if (length < 8)
+		return p->fragment; // the rest may follow
+	if ((void *)(word + 2) > l->end)
+		return 1;
+	if (word[0] == bpf_htonl(0x52454749) && word[1] == bpf_htonl(0x53544552)) // "REGI" "STER"
+		return 1;
+	return *text == '\r' || *text == '\n'; // RFC 3261 section 7.5
+}
+
+static __always_inline int judge_udp(struct packet *p, const struct payload *l)
+{
+	__u16 *port = l->data;
+	__u32 length;
+
+	if (p->left < UDP_HEADER || l->data + UDP_HEADER > l->end)
+		return DROP_MALFORMED;
+	p->source_port = bpf_ntohs(port[0]);
+	p->destination_port = bpf_ntohs(port[1]);
+	if (p->destination_port == 0)
+		return DROP_PORT_ZERO;
+	if (p->destination_port != PORT_ESP_IN_UDP && p->destination_port != clear_port &&
+	    !is_protected(p->destination_port))
+		return PASS_OTHER;
+	if (p->source_port == 0)
+		return DROP_PORT_ZERO; // cannot be answered
+	length = bpf_ntohs(port[2]);
+	if (length < UDP_HEADER || (!p->fragment && length > p->left))
+		return DROP_MALFORMED;
+	if (length > p->left)
+		length = p->left;
+	length -= UDP_HEADER;
+	if (is_protected(p->destination_port))
+		return DROP_CLEARTEXT;
+	if (p->destination_port == PORT_ESP_IN_UDP)
+		return judge_esp_in_udp(p, l, l->data + UDP_HEADER, length);
+	if ((limit_all || begins_register(p, l, l->data + UDP_HEADER, length)) && !admit(p))
+		return DROP_REGISTER_RATE;
+	return PASS_CLEAR_PORT;
+}
+
+static __always_inline int judge_tcp(struct packet *p, const struct payload *l)
+{
+	__u16 *port = l->data;
+	__u8 flags;
+
+	if (p->left < 4 || l->data + 4 > l->end)
+		return DROP_MALFORMED;
+	p->source_port = bpf_ntohs(port[0]);
+	p->destination_port = bpf_ntohs(port[1]);
+	if (p->destination_port == 0)
+		return DROP_PORT_ZERO;
+	if (p->destination_port != clear_port && !is_protected(p->destination_port))
+		return PASS_OTHER;
+	if (p->source_port == 0)
+		return DROP_PORT_ZERO;
+	if (p->left < TCP_HEADER || l->data + TCP_HEADER > l->end)
+		return DROP_MALFORMED; // a first fragment that hides its flags as well, RFC 1858 section 3
+	if (is_protected(p->destination_port))
+		return DROP_CLEARTEXT;
+	flags = *(__u8 *)(l->data + TCP_FLAGS_AT);
+	if ((flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN && !admit(p))
+		return DROP_REGISTER_RATE; // a connection costs more than a message
+	return PASS_CLEAR_PORT;
+}

@@ -1,0 +1,401 @@
+package guard
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/gmgate/gmgate/bpf"
+	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/sa"
+)
+
+// noSlot is the place of an SA without counters of its own: NO_SLOT of bpf/consts.h.
+const noSlot = ^uint32(0)
+
+// table keeps the maps of SPIs and of traffic.
+type table struct {
+	local func(ims.SPI, *sa.Params) (bpf.GuardSaKey, bool)
+	sas   *ebpf.Map
+	cap   int
+	lanes int
+
+	memory   []byte             // the mapping of the map of traffic
+	counters []bpf.GuardTraffic // in it; written by the programs
+
+	mu      sync.RWMutex
+	entries int
+	slots   map[uint32]*place // by label
+	free    []uint32          // slots that were used before
+	next    uint32            // the first one that never was
+	first   map[uint64]uint64 // CLOCK_MONOTONIC of the first packet of sets
+}
+
+// place is where a UE context is counted.
+type place struct {
+	slot uint32
+	sets int // that use it
+}
+
+func (t *table) open(g *Guard) error {
+	info, err := g.objs.Traffics.Info()
+	if err != nil {
+		return err
+	}
+	n := int(info.MaxEntries)
+	t.lanes = n / g.cfg.UEs
+	t.memory, err = unix.Mmap(g.objs.Traffics.FD(), 0, n*int(unsafe.Sizeof(bpf.GuardTraffic{})), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("map the counters: %w", err)
+	}
+	t.counters = unsafe.Slice((*bpf.GuardTraffic)(unsafe.Pointer(&t.memory[0])), n)
+	t.sas, t.cap = g.objs.Sas, g.cfg.SAs
+	t.slots, t.first = make(map[uint32]*place), make(map[uint64]uint64)
+	t.local = func(spi ims.SPI, p *sa.Params) (bpf.GuardSaKey, bool) {
+		i, ok := g.cfg.local(p.Local)
+		return bpf.GuardSaKey{Spi: uint32(spi), Local: i}, ok
+	}
+	return nil
+}
+
+func (t *table) close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.memory == nil {
+		return nil
+	}
+	m := t.memory
+	t.memory, t.counters = nil, nil
+	return os.NewSyscallError("munmap", unix.Munmap(m))
+}
+
+// keys are the inbound SAs of a set.
+func (t *table) keys(p *sa.Params) (keys [2]bpf.GuardSaKey, err error) {
+	for i, spi := range [2]ims.SPI{p.SPIs.PS, p.SPIs.PC} {
+		k, ok := t.local(spi, p)
+		if !ok {
+			return keys, fmt.Errorf("%s is no Gm address of the guard", p.Local)
+		}
+		keys[i] = k
+	}
+	return keys, nil
+}
+
+// add puts the inbound SAs of a set in, both or none. A set that is there already stays as it is.
+func (t *table) add(p *sa.Params, flags uint32) error {
+	keys, err := t.keys(p)
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	pl := t.take(p.Label)
+	v := bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: pl.slot, Flags: flags}
+	again := false
+	for i, k := range keys {
+		err := t.sas.Update(k, &v, ebpf.UpdateNoExist)
+		if errors.Is(err, ebpf.ErrKeyExist) {
+			if again, err = t.takeOver(k, &v); err == nil {
+				continue
+			}
+		}
+		if err == nil {
+			t.entries++
+			continue
+		}
+		for _, k := range keys[:i] {
+			if t.sas.Delete(k) == nil {
+				t.entries--
+			}
+		}
+		t.give(p.Label, pl)
+		if errors.Is(err, unix.E2BIG) || errors.Is(err, unix.ENOMEM) {
+			return fmt.Errorf("%w: %d of %d entries: %w", ErrFull, t.entries, t.cap, err)
+		}
+		return err
+	}
+	if again {
+		t.give(p.Label, pl)
+	}
+	return nil
+}
+
+// takeOver deals with an entry that is there: of the same set, which was installed again, it stays; that of another one was
+// left behind.
+func (t *table) takeOver(k bpf.GuardSaKey, v *bpf.GuardSaValue) (again bool, err error) {
+	var old bpf.GuardSaValue
+	if err := t.sas.Lookup(k, &old); err != nil {
+		return false, err
+	}
+	if old.Set == v.Set {
+		return true, nil
+	}
+	return false, t.sas.Put(k, v)
+}
+
+// take returns the place of a UE context, for one more set.
+func (t *table) take(label uint32) *place {
+	p := t.slots[label]
+	if p == nil {
+		p = &place{slot: t.newSlot()}
+		t.slots[label] = p
+	}
+	p.sets++
+	return p
+}
+
+// newSlot returns an unused slot with counters at zero, or noSlot.
+func (t *table) newSlot() uint32 {
+	var slot uint32
+	switch n := len(t.free); {
+	case n > 0:
+		slot, t.free = t.free[n-1], t.free[:n-1]
+	case int(t.next) < len(t.counters)/t.lanes:
+		slot = t.next
+		t.next++
+	default:
+		return noSlot
+	}
+	t.zero(slot)
+	return slot
+}
+
+// zero clears the counters of a slot. The SAs of whoever had it are gone.
+func (t *table) zero(slot uint32) {
+	for i := range t.lanes {
+		c := &t.counters[int(slot)*t.lanes+i]
+		atomic.StoreUint64(&c.Packets, 0)
+		atomic.StoreUint64(&c.Bytes, 0)
+		atomic.StoreUint64(&c.Last, 0)
+	}
+}
+
+// give takes back what take has done.
+func (t *table) give(label uint32, p *place) {
+	if p.sets--; p.sets > 0 {
+		return
+	}
+	delete(t.slots, label)
+	if p.slot != noSlot {
+		t.free = append(t.free, p.slot)
+	}
+}
+
+// remove takes the inbound SAs of a set out. One that is not there is no error.
+func (t *table) remove(p *sa.Params) error {
+	keys, err := t.keys(p)
+	if err != nil {
+		return nil // it was never there
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.first, p.ID)
+	var errs []error
+	gone := 0
+	for _, k := range keys {
+		switch err := t.sas.Delete(k); {
+		case err == nil:
+			gone++
+		case !errors.Is(err, ebpf.ErrKeyNotExist):
+			errs = append(errs, err)
+		}
+	}
+	t.entries -= gone
+	if pl := t.slots[p.Label]; pl != nil && gone > 0 {
+		t.give(p.Label, pl)
+	}
+	return errors.Join(errs...)
+}
+
+// sync makes the map hold the SAs of these sets, those of other programs, and nothing else. Counters of UE contexts that
+// were there stay.
+func (t *table) sync(sets []sa.Params, foreign []bpf.GuardSaKey) error {
+	type want struct {
+		p     *sa.Params // nil: foreign
+		there bool
+	}
+	wanted := make(map[bpf.GuardSaKey]*want, 2*len(sets)+len(foreign))
+	for i := range sets {
+		keys, err := t.keys(&sets[i])
+		if err != nil {
+			return err
+		}
+		w := &want{p: &sets[i]}
+		wanted[keys[0]], wanted[keys[1]] = w, w
+	}
+	for _, k := range foreign {
+		wanted[k] = &want{}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.entries, t.next, t.free = 0, 0, nil
+	clear(t.slots)
+	var stale []bpf.GuardSaKey
+	used := make(map[uint32]uint32) // slots, by label
+	var k bpf.GuardSaKey
+	var v bpf.GuardSaValue
+	it := t.sas.Iterate()
+	for it.Next(&k, &v) {
+		w := wanted[k]
+		if w == nil {
+			stale = append(stale, k)
+			continue
+		}
+		if w.p != nil && int(v.Slot) < len(t.counters)/t.lanes {
+			used[w.p.Label] = v.Slot
+		}
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read the map of SPIs: %w", err)
+	}
+	t.reuse(used)
+	for k, w := range wanted {
+		v := bpf.GuardSaValue{Slot: noSlot, Flags: uint32(bpf.GuardSaFlagSA_ANY_SOURCE)}
+		if w.p != nil {
+			if !w.there {
+				w.there = true
+				t.take(w.p.Label)
+			}
+			v = bpf.GuardSaValue{Source: guardAddress(w.p.UE), Set: w.p.ID, Slot: t.slots[w.p.Label].slot}
+		}
+		if err := t.sas.Put(k, &v); err != nil {
+			return fmt.Errorf("fill the map of SPIs: %w", err)
+		}
+		t.entries++
+	}
+	for _, k := range stale {
+		if err := t.sas.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("clear the map of SPIs: %w", err)
+		}
+	}
+	return nil
+}
+
+// reuse gives UE contexts the slots that they had. One that two of them claim goes to the first, whichever that is.
+func (t *table) reuse(used map[uint32]uint32) {
+	taken := make([]uint32, 0, len(used))
+	owner := make(map[uint32]bool, len(used))
+	for label, slot := range used {
+		if !owner[slot] {
+			owner[slot] = true
+			t.slots[label] = &place{slot: slot}
+			taken = append(taken, slot)
+		}
+	}
+	if len(taken) == 0 {
+		return
+	}
+	slices.Sort(taken)
+	t.next = taken[len(taken)-1] + 1
+	for slot, i := uint32(0), 0; slot < t.next; slot++ {
+		if taken[i] == slot {
+			i++
+			continue
+		}
+		t.free = append(t.free, slot)
+	}
+}
+
+// traffic adds the lanes of a UE context up.
+func (t *table) traffic(label uint32) sa.Traffic {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var s sa.Traffic
+	p := t.slots[label]
+	if p == nil || p.slot == noSlot || t.counters == nil {
+		return s
+	}
+	var last uint64
+	for i := range t.lanes {
+		c := &t.counters[int(p.slot)*t.lanes+i]
+		s.Packets += atomic.LoadUint64(&c.Packets)
+		s.Bytes += atomic.LoadUint64(&c.Bytes)
+		last = max(last, atomic.LoadUint64(&c.Last))
+	}
+	if last != 0 {
+		s.Last = wall(last)
+	}
+	return s
+}
+
+// seen notes the first packet of a set.
+func (t *table) seen(set, at uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.first[set] == 0 {
+		t.first[set] = at
+	}
+}
+
+func (t *table) firstOf(set uint64) time.Time {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if at := t.first[set]; at != 0 {
+		return wall(at)
+	}
+	return time.Time{}
+}
+
+// fill returns how many entries the map of SPIs has, and how many UE contexts are counted.
+func (t *table) fill() (sas, ues int) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.entries, len(t.slots)
+}
+
+// wall turns a time of CLOCK_MONOTONIC into one of the wall clock.
+func wall(mono uint64) time.Time {
+	var ts unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) != nil {
+		return time.Time{}
+	}
+	return time.Now().Add(time.Duration(int64(mono) - ts.Nano())) //nolint:gosec // the clock counts from the boot
+}
+
+// Add lets packets pass on the inbound SAs of a set that has just been installed. The error matches ErrFull when there is
+// no room: then the set is of no use.
+func (g *Guard) Add(p sa.Params) error {
+	if err := g.table.add(&p, uint32(bpf.GuardSaFlagSA_UNUSED)); err != nil {
+		return fmt.Errorf("let SA set %#x pass the guard: %w", p.ID, err)
+	}
+	return nil
+}
+
+// Remove stops packets on the inbound SAs of a set. One that is not there is no error.
+func (g *Guard) Remove(p sa.Params) error {
+	if err := g.table.remove(&p); err != nil {
+		return fmt.Errorf("take SA set %#x from the guard: %w", p.ID, err)
+	}
+	return nil
+}
+
+// Sync makes the guard let exactly these sets pass, and the SPIs of other programs towards our addresses. Counters of UE
+// contexts that it knew stay. It is for the start, before Attach, and for repairs while no set comes or goes.
+func (g *Guard) Sync(sets []sa.Params, foreign []ims.SPI) error {
+	var keys []bpf.GuardSaKey
+	for _, spi := range foreign {
+		for i := range g.cfg.Local {
+			keys = append(keys, bpf.GuardSaKey{Spi: uint32(spi), Local: uint32(i)}) //nolint:gosec // at most 16
+		}
+	}
+	if err := g.table.sync(sets, keys); err != nil {
+		return fmt.Errorf("bring guard and SA sets together: %w", err)
+	}
+	return nil
+}
+
+var _ sa.Witness = (*Guard)(nil)
+
+// Traffic implements sa.Witness.
+func (g *Guard) Traffic(label uint32) sa.Traffic { return g.table.traffic(label) }
+
+// First implements sa.Witness.
+func (g *Guard) First(set uint64) time.Time { return g.table.firstOf(set) }
