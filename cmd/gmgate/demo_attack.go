@@ -41,6 +41,7 @@ const (
 	attackStrike    = 1500 * time.Millisecond // of one attack; there are ten
 	attackQuiet     = 3 * time.Second
 	attackSettle    = 3 * time.Second // until all that was sent has been counted
+	attackLook      = 2 * statsAge    // between two looks at counters, or the second would be the first one again
 	attackAwaitAuth = 3 * time.Second // timers.reg_await_auth: what floods begin has to go while we watch
 	attackPending   = 1000            // limits.pending_registrations
 	attackSpare     = 32              // subscribers whom floods name: the core challenges them
@@ -539,7 +540,7 @@ func (s *siege) run(ctx context.Context, r strike) bool {
 func (s *siege) settle(ctx context.Context, last sight) (sight, error) {
 	until := last.at.Add(attackSettle)
 	for {
-		if err := wait(ctx, 100*time.Millisecond); err != nil {
+		if err := wait(ctx, attackLook); err != nil {
 			return last, err
 		}
 		now, err := s.look(ctx)

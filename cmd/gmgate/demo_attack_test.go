@@ -188,6 +188,8 @@ func TestAttackOptions(t *testing.T) {
 func TestGuardReport(t *testing.T) {
 	m := map[string]float64{
 		`gmgate_guard_info{hook="xdp",interface="gm0"}`:                 1,
+		`gmgate_guard_info{hook="tcx",interface="gm0"}`:                 0,
+		`gmgate_guard_info{hook="none",interface="gm1"}`:                1,
 		`gmgate_bpf_packets_total{reason="unknown_spi",verdict="drop"}`: 5,
 		`gmgate_bpf_packets_total{reason="cleartext",verdict="drop"}`:   70,
 		`gmgate_bpf_packets_total{reason="malformed",verdict="drop"}`:   0,

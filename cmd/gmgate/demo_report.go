@@ -301,9 +301,16 @@ func (d *demo) guardSummary(m map[string]float64) {
 	d.c.note("guard (%s): %.0f packets passed, dropped: %s", hook, passed, byReason(drops))
 }
 
-// guardOf names where the guard sits, empty if there is none.
+// guardOf names the hooks by which the guard sits on interfaces, empty if it sits on none.
 func guardOf(m map[string]float64) string {
-	return strings.Join(slices.Sorted(maps.Keys(lab.By(m, "gmgate_guard_info", "hook"))), ", ")
+	var hooks []string
+	for hook, n := range lab.By(m, "gmgate_guard_info", "hook") {
+		if n > 0 && hook != "none" {
+			hooks = append(hooks, hook)
+		}
+	}
+	slices.Sort(hooks)
+	return strings.Join(hooks, ", ")
 }
 
 // byReason prints counts, the largest first, those of zero left out.
