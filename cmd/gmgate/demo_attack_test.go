@@ -16,6 +16,7 @@ import (
 	"github.com/gmgate/gmgate/bench/attack"
 	"github.com/gmgate/gmgate/bench/lab"
 	"github.com/gmgate/gmgate/control/admin"
+	"github.com/gmgate/gmgate/control/config"
 )
 
 // TestDemoAttack lets the story of an attack be told, and looks for its skeleton.
@@ -168,20 +169,25 @@ func TestParseStat(t *testing.T) {
 	}
 }
 
-// The IPv6 phones of the demo are one source to the guard.
+// The IPv6 phones of the demo are one source to the guard. What the story believes of its limits is what the configuration
+// says.
 func TestAttackOptions(t *testing.T) {
 	for _, tt := range []struct {
 		o    demoFlags
 		want lab.GuardOptions
 	}{
-		{demoFlags{ip: "4", ues: demoAttackMost}, lab.GuardOptions{}},
-		{demoFlags{ip: "6", ues: demoAttackPhones}, lab.GuardOptions{}},
-		{demoFlags{ip: "6", ues: demoAttackMost}, lab.GuardOptions{RegisterBurst: 2 * demoAttackMost}},
+		{demoFlags{ip: "4", ues: demoAttackMost}, lab.GuardOptions{RegisterRate: guardRegisterRate, RegisterBurst: guardRegisterBurst}},
+		{demoFlags{ip: "6", ues: demoAttackLeast}, lab.GuardOptions{RegisterRate: guardRegisterRate, RegisterBurst: guardRegisterBurst}},
+		{demoFlags{ip: "6", ues: demoAttackMost}, lab.GuardOptions{RegisterRate: guardRegisterRate, RegisterBurst: 4 * demoAttackMost}},
 	} {
 		var d lab.DaemonOptions
 		if attackOptions(&d, tt.o); d.Guard != tt.want || d.LogLevel != "info" {
 			t.Errorf("%+v: %+v", tt.o, d)
 		}
+	}
+	if g := config.Default().Guard; g.RegisterRate != guardRegisterRate || g.RegisterBurst != guardRegisterBurst {
+		t.Errorf("the default is %d REGISTERs a second and %d at once, the story believes %d and %d",
+			g.RegisterRate, g.RegisterBurst, guardRegisterRate, guardRegisterBurst)
 	}
 }
 
@@ -201,7 +207,7 @@ func TestGuardReport(t *testing.T) {
 	}{
 		"with a guard": {m, "guard (xdp): 1000 packets passed, dropped: cleartext 70, unknown_spi 5\n"},
 		"without":      {nil, "no guard: ESP backend, policies and SIP drop"},
-		"quiet":        {map[string]float64{`gmgate_guard_info{hook="generic",interface="gm0"}`: 1}, "guard (generic): 0 packets passed, dropped: nothing\n"},
+		"quiet":        {map[string]float64{`gmgate_guard_info{hook="xdp-generic",interface="gm0"}`: 1}, "guard (xdp-generic): 0 packets passed, dropped: nothing\n"},
 	} {
 		var b bytes.Buffer
 		d := &demo{c: newConsole(&b, true), talks: [][]string{{"1", "10.45.0.1", "12", "14"}}}
