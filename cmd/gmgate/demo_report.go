@@ -19,6 +19,7 @@ import (
 	"github.com/gmgate/gmgate/bench/ue"
 	"github.com/gmgate/gmgate/control/admin"
 	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/dataplane/guard"
 )
 
 // registrationLadder puts the registration of a phone together from what was observed: the tap sees the clear messages
@@ -275,7 +276,15 @@ func (d *demo) traffic(ctx context.Context) (rows [][]string, detail string, err
 			return nil, "", fmt.Errorf("%s has sent %d ESP packets and got %d", names[u.IMPI], from, to)
 		}
 		in, out = in+from, out+to
-		rows = append(rows, []string{names[u.IMPI][len("phone "):], u.Address, fmt.Sprint(from), fmt.Sprint(to)})
+		row := []string{names[u.IMPI][len("phone "):], u.Address, fmt.Sprint(from), fmt.Sprint(to)}
+		if u.ESP != nil {
+			// It has also seen those on sets that are gone.
+			if u.ESP.Packets < from {
+				return nil, "", fmt.Errorf("the guard has seen %d ESP packets of %s, the backend %d", u.ESP.Packets, names[u.IMPI], from)
+			}
+			row = append(row, fmt.Sprint(u.ESP.Packets), fmt.Sprint(u.ESP.Bytes))
+		}
+		rows = append(rows, row)
 	}
 	slices.SortFunc(rows, func(a, b []string) int { return cmp.Or(cmp.Compare(len(a[0]), len(b[0])), cmp.Compare(a[0], b[0])) })
 	return rows, fmt.Sprintf("ESP packets on their SAs: %d to gmgate, %d from it", in, out), nil
@@ -285,7 +294,8 @@ func (d *demo) traffic(ctx context.Context) (rows [][]string, detail string, err
 func (d *demo) guardSummary(m map[string]float64) {
 	if len(d.talks) > 0 {
 		d.c.line("")
-		d.c.table(append([][]string{{"ESP packets by UE", "address", "from it", "to it"}}, d.talks[:min(demoRows, len(d.talks))]...))
+		head := []string{"ESP packets by UE", "address", "from it", "to it", "at the guard", "octets"}
+		d.c.table(append([][]string{head[:len(d.talks[0])]}, d.talks[:min(demoRows, len(d.talks))]...))
 		if more := len(d.talks) - demoRows; more > 0 {
 			d.c.note("… and %d more", more)
 		}
@@ -301,9 +311,16 @@ func (d *demo) guardSummary(m map[string]float64) {
 	d.c.note("guard (%s): %.0f packets passed, dropped: %s", hook, passed, byReason(drops))
 }
 
-// guardOf names where the guard sits, empty if there is none.
+// guardOf names the hooks by which the guard sits on interfaces, empty if it sits on none.
 func guardOf(m map[string]float64) string {
-	return strings.Join(slices.Sorted(maps.Keys(lab.By(m, "gmgate_guard_info", "hook"))), ", ")
+	var hooks []string
+	for hook, n := range lab.By(m, "gmgate_guard_info", "hook") {
+		if n > 0 && hook != string(guard.HookNone) {
+			hooks = append(hooks, hook)
+		}
+	}
+	slices.Sort(hooks)
+	return strings.Join(hooks, ", ")
 }
 
 // byReason prints counts, the largest first, those of zero left out.
