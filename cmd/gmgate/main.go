@@ -27,6 +27,7 @@ usage: gmgate COMMAND [FLAGS]
   check -c FILE    check a configuration file: every mistake with its line
   example          print a commented configuration file
   ue COMMAND       look at the phones of a running daemon, and end registrations
+  drops [--follow] what the guard in front of the ESP ports drops, and why
   demo [FLAGS]     register phones and make calls through gmgate in network namespaces
   version          print the version
 
@@ -56,6 +57,8 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exampleMain(stdout, stderr)
 	case "ue":
 		return ueMain(ctx, rest, stdout, stderr)
+	case "drops":
+		return dropsMain(ctx, rest, stdout, stderr)
 	case "demo":
 		return demoMain(ctx, rest, stdout, stderr)
 	case "version", "-version", "--version":
