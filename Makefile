@@ -40,10 +40,11 @@ demo: deps-demo build ## phones, gmgate and a core in network namespaces: regist
 
 test: deps test-unit test-netns test-vm test-total ## all tests, in this order
 
-test-unit: $(TESTSUM) ## vet, format, module file, and the tests that need nothing, with the race detector
+test-unit: $(TESTSUM) ## vet, format, module file, eBPF objects, and the tests that need nothing, with the race detector
 	go vet ./...
 	@unformatted=$$(gofmt -l $(SOURCES)); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
 	go mod tidy -diff
+	scripts/generated.sh
 	@# Allocations are counted without the race detector, which makes some of its own.
 	packages=$$(scripts/packages.sh pure); status=0; \
 	{ go test -json -race -shuffle=on -skip Alloc -timeout 5m $$packages || status=1; \

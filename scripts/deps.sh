@@ -19,6 +19,10 @@ if [[ ${1:-test} != demo ]]; then
   need make make
   need gcc gcc # the race detector uses cgo
   need libc6-dev /usr/include/stdlib.h
+  need clang clang # the eBPF objects are made anew and compared
+  need llvm llvm-strip
+  need libbpf-dev /usr/include/bpf/bpf_helpers.h
+  need linux-libc-dev /usr/include/linux/bpf.h
 fi
 
 if ((${#missing[@]} == 0)); then exit 0; fi

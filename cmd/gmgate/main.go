@@ -1,5 +1,5 @@
-// Command gmgate is the IPsec SIP front end of an IMS core: the daemon, the check of its configuration, the
-// operator's commands, and a demonstration in network namespaces.
+// Command gmgate is the IPsec SIP front end of an IMS core: the daemon, the checks of its configuration and of the
+// host, the operator's commands, and a demonstration in network namespaces.
 package main
 
 import (
@@ -25,8 +25,10 @@ usage: gmgate COMMAND [FLAGS]
 
   run -c FILE      run the daemon
   check -c FILE    check a configuration file: every mistake with its line
+  preflight        tell whether this host can run gmgate, and what to do if not
   example          print a commented configuration file
   ue COMMAND       look at the phones of a running daemon, and end registrations
+  bpf COMMAND      look at the eBPF programs that outlive a daemon, and take them away
   demo [FLAGS]     register phones and make calls through gmgate in network namespaces
   version          print the version
 
@@ -52,10 +54,14 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return runMain(ctx, rest, stderr)
 	case "check":
 		return checkMain(rest, stdout, stderr)
+	case "preflight":
+		return preflightMain(ctx, rest, stdout, stderr)
 	case "example":
 		return exampleMain(stdout, stderr)
 	case "ue":
 		return ueMain(ctx, rest, stdout, stderr)
+	case "bpf":
+		return bpfMain(rest, stdout, stderr)
 	case "demo":
 		return demoMain(ctx, rest, stdout, stderr)
 	case "version", "-version", "--version":

@@ -85,8 +85,8 @@ const (
 
 	maxWorkers = 256
 
-	// reservedFDs are kept for everything that is not a connection: listeners, pollers, files, netlink. A connection
-	// takes two descriptors for a moment, while gnet duplicates it.
+	// reservedFDs are kept for everything that is neither a connection nor a listener: pollers, files, netlink. A
+	// connection takes two descriptors for a moment, while gnet duplicates it.
 	reservedFDs = 256
 
 	// coreReserve are descriptors that MaxConnections leaves to dials to Mw, unless there are very few.
@@ -208,6 +208,27 @@ func (c *Config) validateListener(i int, l Listener) error {
 	return nil
 }
 
+// members returns how many sockets listen for a listener's connections: with a steering program one for each worker.
+func (c *Config) members(l Listener) int {
+	if c.Steering != nil && l.Worker < 0 && isGm(l.Side) {
+		return c.Workers
+	}
+	return 1
+}
+
+// listenerFDs returns how many descriptors the listeners take.
+func (c *Config) listenerFDs() (n int) {
+	for _, l := range c.Listeners {
+		if l.UDP {
+			n += c.Workers // each has a member or a duplicate
+		}
+		if l.TCP {
+			n += c.members(l)
+		}
+	}
+	return n
+}
+
 // clampConnections lowers the connection cap so that descriptors suffice: gnet ends an engine that runs out of them. It
 // returns the number of connections for which there are descriptors, that is the cap and what is left for Mw.
 func (c *Config) clampConnections() (room int) {
@@ -215,7 +236,7 @@ func (c *Config) clampConnections() (room int) {
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
 		return c.MaxConnections + coreReserve
 	}
-	room = max(int(min(r.Cur, 1<<30))-reservedFDs, 1) //nolint:gosec // G115: bounded by the minimum
+	room = max(int(min(r.Cur, 1<<30))-reservedFDs-c.listenerFDs(), 1) //nolint:gosec // G115: bounded by the minimum
 	if limit := max(room-min(coreReserve, room/2), 1); c.MaxConnections > limit {
 		c.Logger.Warn("connection limit lowered to what RLIMIT_NOFILE allows",
 			slog.Int("wanted", c.MaxConnections), slog.Int("limit", limit))

@@ -5,8 +5,8 @@
 // member of every UDP listener's reuseport group, its TCP connections and its Handler. Nothing is shared between
 // workers but the message queues (Post, Hand), the accept and dial goroutines, and the table of moved addresses, which is
 // read without a lock. So a handler needs no locks, and a message that comes in at its owner meets none: what a loop takes
-// a lock for is a task of another goroutine, a new or ended connection of the unprotected side, and counters somebody has
-// asked for.
+// a lock for is a task from or for another goroutine, the end of a connection of the unprotected side, and counters that
+// somebody has asked for.
 //
 // # Invariants
 //

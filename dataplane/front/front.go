@@ -181,10 +181,7 @@ func (f *Front) openListener(l *Listener) (fds []int, err error) {
 // openStreams starts to listen for connections. With a steering program each worker has a socket of its own, so that a
 // connection is accepted where it belongs; all of them exist before the first one is accepted.
 func (f *Front) openStreams(l *Listener) error {
-	members := 1
-	if f.cfg.Steering != nil && l.Worker < 0 && isGm(l.Side) {
-		members = len(f.workers)
-	}
+	members := f.cfg.members(*l)
 	lns, err := f.cfg.listenTCP(*l, members)
 	if err != nil {
 		return err

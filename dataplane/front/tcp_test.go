@@ -373,6 +373,14 @@ func TestClampConnections(t *testing.T) {
 	cfg.MaxConnections = 1
 	cfg.clampConnections()
 	mustEqual(t, "small limit", cfg.MaxConnections, 1)
+
+	// Listeners take descriptors as well, with a steering program more of them.
+	room := cfg.clampConnections()
+	cfg.Workers = 4
+	cfg.Listeners = []Listener{gm(loop4), {Addr: loop4, Side: ims.Mw, UDP: true, TCP: true, Worker: 2}}
+	mustEqual(t, "descriptors of listeners", room-cfg.clampConnections(), 4+1+4+1)
+	cfg.Steering = new(affinity)
+	mustEqual(t, "descriptors of steered ones", room-cfg.clampConnections(), 4+4+4+1)
 }
 
 // TestProtectedReset: whatever ends a connection of the protected side, nothing of it stays in the kernel that would send

@@ -354,11 +354,14 @@ func TestDrainAllocs(t *testing.T) {
 	}
 	for _, a := range []netip.AddrPort{loop4, loop6} {
 		f := &Front{cfg: Config{MaxMessage: defaultMaxMessage}}
+		f.homes.setLocked(netip.MustParseAddr("192.0.2.1"), 0)
 		w := &Worker{f: f, rx: newReceiver(defaultMaxMessage), arena: make([]byte, arenaSize), booted: true}
 		f.workers = []*Worker{w}
 		h := &forwarder{w: w}
 		w.h = h
-		fd, err := openSocket(unix.SOCK_DGRAM, a, nil)
+		fd, err := openSocket(unix.SOCK_DGRAM, a, []option{
+			{level: unix.SOL_SOCKET, name: unix.SO_RCVMARK, value: 1, optional: true},
+		})
 		if err != nil {
 			t.Fatal(err)
 		}

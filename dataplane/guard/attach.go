@@ -463,8 +463,8 @@ func (h *hook) release() error {
 // Choose finds out which hook each interface would get, by attaching the guard for a moment without anything pinned. Where
 // a guard with the pin directory of the configuration is attached already, it tells that one's hooks and touches nothing.
 func Choose(cfg Config) ([]Hook, error) {
-	if names := Pinned(cfg.Pin); cfg.Pin != "" && len(names) > 0 {
-		return pinnedHooks(names), nil
+	if hooks := Attached(cfg.Pin); len(hooks) > 0 {
+		return hooks, nil
 	}
 	cfg.Pin = ""
 	cfg.SAs, cfg.UEs, cfg.Sources = 2, 1, 1
@@ -475,6 +475,9 @@ func Choose(cfg Config) ([]Hook, error) {
 	err = g.Attach()
 	return g.Hooks(), errors.Join(err, g.Close())
 }
+
+// Attached returns the hooks of a guard that is pinned, whether a process owns it or not.
+func Attached(pin string) []Hook { return pinnedHooks(Pinned(pin)) }
 
 // pinnedHooks reads the hooks of a guard out of the names of its pins.
 func pinnedHooks(names []string) (hooks []Hook) {

@@ -261,6 +261,9 @@ func Unload(pin string, log *slog.Logger) (found bool, err error) {
 
 // Pinned returns what is pinned in a directory, in order; nothing where there is none.
 func Pinned(pin string) []string {
+	if pin == "" {
+		return nil
+	}
 	entries, err := os.ReadDir(pin)
 	if err != nil {
 		return nil

@@ -300,7 +300,7 @@ func (b *Backend) start() error {
 		}
 	}
 	b.log.Info("probed XFRM", slog.Any("support", &b.support))
-	if b.window > legacyWindow && !b.support.largeWindow {
+	if b.window > legacyWindow && !b.support.LargeWindow {
 		b.log.Warn("kernel refuses the replay window", slog.Int("wanted", b.window), slog.Int("used", legacyWindow))
 		b.window = legacyWindow
 	}

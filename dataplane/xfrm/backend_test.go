@@ -563,8 +563,8 @@ func TestJudge(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := judge(suites, tc.results)
-			if !errors.Is(s.Err(), tc.want) || s.Reason != tc.reason || len(s.Suites) != tc.suites || s.largeWindow != tc.window {
-				t.Errorf("got %v, %q, %d suites, window %v", s.Err(), s.Reason, len(s.Suites), s.largeWindow)
+			if !errors.Is(s.Err(), tc.want) || s.Reason != tc.reason || len(s.Suites) != tc.suites || s.LargeWindow != tc.window {
+				t.Errorf("got %v, %q, %d suites, window %v", s.Err(), s.Reason, len(s.Suites), s.LargeWindow)
 			}
 			if len(s.Missing) != len(suites)-tc.suites {
 				t.Errorf("%d missing", len(s.Missing))

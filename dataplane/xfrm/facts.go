@@ -4,30 +4,37 @@ import (
 	"bufio"
 	"bytes"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
+	"path"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/gmgate/gmgate/dataplane/hostnet"
 )
 
-// fact is a setting of the host under which the SAs or policies do not do what they should.
-type fact struct {
-	path, value, consequence string
+// Setting is a sysctl that the SAs or policies depend on.
+type Setting struct {
+	Path        string // below /proc/sys/net
+	Value       string // as it was read
+	Wanted      string
+	Consequence string // of the value; empty: it suits
 }
 
 // warnFacts logs the unsuitable settings of the namespace. Nothing is changed: the host belongs to its operator.
 func warnFacts(ns *hostnet.NS, ports []uint16, log *slog.Logger) {
-	var fs []fact
+	var list []Setting
 	_ = inside(ns, func() error { // without the namespace New has failed before
-		fs = facts("/proc/sys/net", ports)
+		list = Settings(os.DirFS("/proc/sys/net"), ports)
 		return nil
 	})
-	for _, f := range fs {
-		log.Warn("unsuitable network setting", slog.String("path", f.path), slog.String("value", f.value),
-			slog.String("consequence", f.consequence))
+	for _, s := range list {
+		if s.Consequence != "" {
+			log.Warn("unsuitable network setting", slog.String("path", s.Path), slog.String("value", s.Value),
+				slog.String("consequence", s.Consequence))
+		}
 	}
 }
 
@@ -39,59 +46,81 @@ func inside(ns *hostnet.NS, f func() error) error {
 	return ns.Do(f)
 }
 
-// facts reads the settings below root, which is /proc/sys/net. What cannot be read does not exist on this kernel.
-func facts(root string, ports []uint16) []fact {
-	var list []fact
-	read := func(path string) string {
-		b, err := os.ReadFile(filepath.Join(root, path)) //nolint:gosec // a sysctl
-		if err != nil {
-			return ""
+// Settings reads what the SAs and policies depend on below root, which is /proc/sys/net of the calling thread's namespace.
+// ports are those that nobody else may get from the kernel. What cannot be read does not exist on this kernel.
+func Settings(root fs.FS, ports []uint16) []Setting {
+	var list []Setting
+	read := func(name string) (string, bool) {
+		b, err := fs.ReadFile(root, name)
+		return strings.TrimSpace(string(b)), err == nil
+	}
+	add := func(name, wanted, consequence string) {
+		v, ok := read(name)
+		switch {
+		case !ok:
+			return
+		case v == wanted:
+			consequence = ""
 		}
-		return strings.TrimSpace(string(b))
+		list = append(list, Setting{Path: name, Value: v, Wanted: wanted, Consequence: consequence})
 	}
-	if v := read("core/xfrm_larval_drop"); v == "0" {
-		list = append(list, fact{
-			"core/xfrm_larval_drop", v,
-			"if another program listens for key requests, packets without SA are queued instead of dropped",
-		})
-	}
+	add("core/xfrm_larval_drop", "1", "if another program listens for key requests, packets without SA are queued instead of dropped")
 	for _, pattern := range []struct{ glob, consequence string }{
 		{"ipv[46]/conf/*/disable_policy", "clear packets to protected ports are accepted on this interface"},
 		{"ipv4/conf/*/disable_xfrm", "packets from protected ports leave this interface in clear"},
 	} {
-		paths, _ := filepath.Glob(filepath.Join(root, pattern.glob)) // the pattern is well-formed
+		paths, _ := fs.Glob(root, pattern.glob) // the pattern is well-formed
 		for _, p := range paths {
-			if filepath.Base(filepath.Dir(p)) == "lo" { // always exempt: local processes are trusted with their own host
-				continue
-			}
-			rel := strings.TrimPrefix(p, root+"/")
-			if v := read(rel); v != "0" && v != "" {
-				list = append(list, fact{rel, v, pattern.consequence})
+			if path.Base(path.Dir(p)) != "lo" { // always exempt: local processes are trusted with their own host
+				add(p, "0", pattern.consequence)
 			}
 		}
 	}
-	if f := ephemeral(read("ipv4/ip_local_port_range"), read("ipv4/ip_local_reserved_ports"), ports); f != "" {
-		list = append(list, fact{
-			"ipv4/ip_local_reserved_ports", read("ipv4/ip_local_reserved_ports"),
-			"the kernel may give protected port " + f + " to other sockets of this host",
-		})
+	if local, ok := read("ipv4/ip_local_port_range"); ok {
+		reserved, _ := read("ipv4/ip_local_reserved_ports")
+		s := Setting{Path: "ipv4/ip_local_reserved_ports", Value: reserved, Wanted: reserved}
+		if given := ephemeral(local, reserved, ports); len(given) > 0 {
+			s.Wanted = reserve(reserved, given)
+			s.Consequence = fmt.Sprintf("the kernel may give port %d, which is gmgate's, to other sockets of this host", given[0])
+		}
+		list = append(list, s)
 	}
 	return list
 }
 
-// ephemeral returns the first port that the kernel hands out by itself: within the local range ("32768\t60999") and not
+// ephemeral returns the ports that the kernel hands out by itself: within the local range ("32768\t60999") and not
 // reserved ("6100,6110-6113").
-func ephemeral(local, reserved string, ports []uint16) string {
+func ephemeral(local, reserved string, ports []uint16) (given []uint16) {
 	var low, high uint16
 	if n, _ := fmt.Sscan(local, &low, &high); n != 2 {
-		return ""
+		return nil
 	}
 	for _, p := range ports {
 		if p >= low && p <= high && !inRanges(reserved, p) {
-			return strconv.Itoa(int(p))
+			given = append(given, p)
 		}
 	}
-	return ""
+	return given
+}
+
+// reserve adds ports to a list of reserved ones.
+func reserve(reserved string, ports []uint16) string {
+	ports = slices.Sorted(slices.Values(ports))
+	for i := 0; i < len(ports); {
+		last := i
+		for last+1 < len(ports) && ports[last+1] <= ports[last]+1 {
+			last++
+		}
+		if reserved != "" {
+			reserved += ","
+		}
+		reserved += strconv.Itoa(int(ports[i]))
+		if ports[last] != ports[i] {
+			reserved += "-" + strconv.Itoa(int(ports[last]))
+		}
+		i = last + 1
+	}
+	return reserved
 }
 
 func inRanges(list string, port uint16) bool {

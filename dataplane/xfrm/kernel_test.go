@@ -132,7 +132,7 @@ func TestProbe(t *testing.T) {
 			t.Errorf("error %v has no type", s.Err())
 		}
 	}
-	if inGuest() && (len(s.Missing) != 0 || !s.V4 || !s.V6 || !s.largeWindow) {
+	if inGuest() && (len(s.Missing) != 0 || !s.V4 || !s.V6 || !s.LargeWindow) {
 		t.Errorf("guest kernel: %s", s.Reason)
 	}
 	if n, err := testConn(t, ns).countStates(); err != nil || n != 0 {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -348,28 +349,34 @@ func TestFacts(t *testing.T) {
 	write("ipv4/ip_local_port_range", "6000\t60999")
 	write("ipv4/ip_local_reserved_ports", "6100,6110-6111")
 	ports := []uint16{6100, 6110, 6111}
-	if fs := facts(root, ports); len(fs) != 0 {
-		t.Errorf("healthy host: %v", fs)
+	unsuitable := func(root string) []Setting {
+		return slices.DeleteFunc(Settings(os.DirFS(root), ports), func(s Setting) bool { return s.Consequence == "" })
 	}
-	for _, tc := range []struct{ path, bad string }{
-		{"core/xfrm_larval_drop", "0"},
-		{"ipv4/conf/eth0/disable_policy", "1"},
-		{"ipv4/conf/eth0/disable_xfrm", "1"},
-		{"ipv6/conf/eth0/disable_policy", "1"},
-		{"ipv4/ip_local_reserved_ports", "6100,6110"},
-		{"ipv4/ip_local_reserved_ports", ""},
+	if list := unsuitable(root); len(list) != 0 {
+		t.Errorf("healthy host: %v", list)
+	}
+	if list := Settings(os.DirFS(root), ports); len(list) != 5 { // without that of lo
+		t.Errorf("healthy host: %v", list)
+	}
+	for _, tc := range []struct{ path, bad, wanted string }{
+		{"core/xfrm_larval_drop", "0", "1"},
+		{"ipv4/conf/eth0/disable_policy", "1", "0"},
+		{"ipv4/conf/eth0/disable_xfrm", "1", "0"},
+		{"ipv6/conf/eth0/disable_policy", "1", "0"},
+		{"ipv4/ip_local_reserved_ports", "6100,6110", "6100,6110,6111"},
+		{"ipv4/ip_local_reserved_ports", "", "6100,6110-6111"},
 	} {
 		old, err := os.ReadFile(filepath.Join(root, tc.path))
 		if err != nil {
 			t.Fatal(err)
 		}
 		write(tc.path, tc.bad)
-		if fs := facts(root, ports); len(fs) != 1 || fs[0].path != tc.path {
-			t.Errorf("%s = %q: %v", tc.path, tc.bad, fs)
+		if list := unsuitable(root); len(list) != 1 || list[0].Path != tc.path || list[0].Value != tc.bad || list[0].Wanted != tc.wanted {
+			t.Errorf("%s = %q: %v", tc.path, tc.bad, list)
 		}
 		write(tc.path, string(bytes.TrimSpace(old)))
 	}
-	if fs := facts(t.TempDir(), ports); len(fs) != 0 {
-		t.Errorf("nothing readable: %v", fs)
+	if list := Settings(os.DirFS(t.TempDir()), ports); len(list) != 0 {
+		t.Errorf("nothing readable: %v", list)
 	}
 }

@@ -33,13 +33,13 @@ type Missing struct {
 
 // Support says what the kernel's ESP can do.
 type Support struct {
-	V4, V6  bool        // ESP exists for the address family
-	Suites  []ims.Suite // pairs that work, in the order of ims.Suites
-	Missing []Missing   // pairs that do not
-	Reason  string      // all of it in one line for the log
+	V4, V6      bool        // ESP exists for the address family
+	Suites      []ims.Suite // pairs that work, in the order of ims.Suites
+	Missing     []Missing   // pairs that do not
+	LargeWindow bool        // replay windows of more than 32 packets work
+	Reason      string      // all of it in one line for the log
 
-	largeWindow bool // replay windows beyond 32
-	err         error
+	err error
 }
 
 // Err returns nil when at least one pair works for at least one family, and otherwise why none does.
@@ -54,14 +54,14 @@ func (s *Support) LogValue() slog.Value { return slog.StringValue(s.Reason) }
 func Probe(ns *hostnet.NS) Support {
 	s, err := openSocket(ns)
 	if err != nil {
-		return refused(classify(err))
+		return Unsupported(classify(err))
 	}
 	defer func() { _ = s.close() }()
 	return probe(newConn(s))
 }
 
-// refused is the Support of a kernel that does not even answer.
-func refused(err error) Support { return Support{Reason: err.Error(), err: err} }
+// Unsupported is the Support of a kernel that cannot do ESP at all; err says why.
+func Unsupported(err error) Support { return Support{Reason: err.Error(), err: err} }
 
 // probeFamily is a pair of addresses of one family.
 type probeFamily struct{ src, dst netip.Addr }
@@ -101,7 +101,7 @@ func probe(c *conn) Support {
 				keys: &keys, reqid: 0, window: window, life: lifetimeOf(0, probeLife),
 			})
 			if err != nil { // the tables of this package disagree with each other
-				return refused(err)
+				return Unsupported(err)
 			}
 			ids = append(ids, id)
 		}
@@ -118,7 +118,7 @@ func probe(c *conn) Support {
 		}
 	}
 	if _, err := c.removeStates(added); err != nil {
-		return refused(fmt.Errorf("remove the states of the probe: %w", err))
+		return Unsupported(fmt.Errorf("remove the states of the probe: %w", err))
 	}
 	return judge(suites, results)
 }
@@ -138,10 +138,10 @@ func judge(suites []ims.Suite, results []error) Support {
 		}
 	}
 	has := [2]bool{s.V4, s.V6}
-	s.largeWindow = s.V4 || s.V6
+	s.LargeWindow = s.V4 || s.V6
 	for f, rs := range byFamily {
 		if has[f] && rs[len(suites)] != nil {
-			s.largeWindow = false
+			s.LargeWindow = false
 		}
 	}
 	for i, suite := range suites {
@@ -188,7 +188,7 @@ func (s *Support) summary(all int) (string, error) {
 		}
 		text += ", missing: " + strings.Join(names, ", ")
 	}
-	if !s.largeWindow {
+	if !s.LargeWindow {
 		text += ", replay window 32"
 	}
 	return text, nil

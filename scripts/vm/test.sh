@@ -18,7 +18,7 @@ programs=(cmd/gmgate)
 variants=(
   'bench/e2e|GMGATE_E2E_BACKEND=xfrm GMGATE_E2E_UE=userspace GMGATE_E2E_SLOW=1|-test.run=TestLife$|TestSuites|TestLargeDatagrams|TestESPAttacks|TestConnectionGone|TestDaemonCrash|TestHostilePhones|TestStrangerTraffic|TestReregist|TestOldSetLeaves|TestRestart|TestNetworkDeregistration|TestGuard'
   'bench/e2e|GMGATE_E2E_BACKEND=userspace GMGATE_E2E_UE=xfrm GMGATE_E2E_SLOW=1|-test.run=TestLife$|TestSuites|TestRestart$'
-  'cmd/gmgate|GMGATE_E2E_BACKEND=xfrm|-test.run=TestDemoLifecycle|TestDemoAttack'
+  'cmd/gmgate|GMGATE_E2E_BACKEND=xfrm|-test.run=TestDemoLifecycle|TestDemoAttack|TestPreflightHere'
 )
 
 seconds=1500
