@@ -274,6 +274,59 @@ func TestGuardCleartext(t *testing.T) {
 	})
 }
 
+// TestGuardHooks has phones talk, by UDP and TCP, through each hook that the guard may sit on, while unknown SPIs and cleartext
+// come in. Generic XDP before the kernel's ESP is the one that cannot tell clear packets from decrypted ones, and leaves them to
+// the kernel's policies.
+func TestGuardHooks(t *testing.T) {
+	for mode, hooks := range map[string][]string{"xdp": {"xdp"}, "generic": {"xdp-generic"}, "tc": {"tcx", "tc"}} {
+		t.Run(mode, func(t *testing.T) {
+			g := startGuarded(t, fixtureConfig{daemon: lab.DaemonOptions{Guard: lab.GuardOptions{Mode: mode}}})
+			m, err := g.daemon.Metrics(g.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for hook, n := range lab.By(m, "gmgate_guard_info", "hook", fmt.Sprintf("interface=%q", lab.LinkGm)) {
+				if n > 0 && !slices.Contains(hooks, hook) {
+					t.Errorf("the guard sits on %s, want %v", hook, hooks)
+				}
+			}
+			p := g.newPair(g.ctx, t, func(c *ue.Config) { c.Offers = g.offers(1) }) // what is large goes by TCP
+			gm := netip.AddrPortFrom(g.lab.Plan().Gm, p.ra.Ports.PS)
+			before, unknown, clear := g.behind(t), g.dropped(t, "unknown_spi"), g.dropped(t, "cleartext")
+			var esp, sip sent
+			g.talking(t, p, func() {
+				esp = g.inject(t, many(4000), func(b []byte, n int) []byte {
+					return attack.AppendESP(b, g.lab.Plan().UE(0), gm.Addr(), 0x100, uint32(n), 100, uint64(n))
+				})
+				sip = g.inject(t, many(4000), func(b []byte, n int) []byte {
+					from := netip.AddrPortFrom(g.lab.Plan().UE(0), p.ra.Ports.UC)
+					text := attack.AppendMessage(nil, from, p.aURI, p.bURI, n)
+					if n%2 == 0 {
+						return attack.AppendUDP(b, from, gm, text)
+					}
+					return attack.AppendSYN(b, from, gm, uint32(n), text)
+				})
+			})
+			g.wantDropped(t, "unknown_spi", unknown, esp)
+			if mode == "generic" && backend() == "xfrm" {
+				if n := g.metric(g.ctx, t, "xfrm_errors_total", `counter="XfrmInTmplMismatch"`); n == 0 {
+					t.Error("the kernel's policies dropped nothing")
+				}
+			} else {
+				g.wantDropped(t, "cleartext", clear, sip)
+				g.wantBehind(t, before)
+			}
+			if got := g.fromAttacker(); len(got) > 0 {
+				t.Errorf("%d messages of the attacker reached the core", len(got))
+			}
+			if res, err := p.a.Call(g.ctx, p.bURI, ue.CallOptions{PRACK: true, BodySize: 4000}); err != nil || res.Status != 200 {
+				t.Errorf("call: %d, %v", res.Status, err)
+			}
+			checkPhones(t, p.a, p.b)
+		})
+	}
+}
+
 // TestGuardRegisterFlood lets one source send REGISTERs without end: it gets through what the burst and the rate allow, a
 // phone of another source registers meanwhile, and later the source itself may register again.
 func TestGuardRegisterFlood(t *testing.T) {
