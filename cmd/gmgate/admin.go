@@ -11,7 +11,7 @@ import (
 )
 
 // serveAdmin serves the operator's socket, if there is one.
-func serveAdmin(ctx context.Context, cfg *config.Config, back *backend, fleet *proxy.Fleet, log *slog.Logger) (stop func(), err error) {
+func serveAdmin(ctx context.Context, cfg *config.Config, back *backend, door *filter, fleet *proxy.Fleet, log *slog.Logger) (stop func(), err error) {
 	path := cfg.SocketPath()
 	if path == "" {
 		return func() {}, nil
@@ -21,7 +21,7 @@ func serveAdmin(ctx context.Context, cfg *config.Config, back *backend, fleet *p
 		return nil, err
 	}
 	return admin.NewServer(admin.Config{
-		Source: fleet, SAs: back.Count, Survey: back.Survey, Logger: log,
+		Source: fleet, SAs: back.Count, Survey: back.Survey, Guard: door.admin(), Logger: log,
 		Status: admin.Status{
 			Version: version, Revision: vcsRevision(), Instance: cfg.Instance, Started: time.Now(),
 			Backend: back.name, Reason: back.reason,

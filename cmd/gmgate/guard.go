@@ -21,8 +21,8 @@ const sourcesAge = 10 * time.Second
 // filter is the guard of a daemon, if it has one.
 type filter struct {
 	*guard.Guard // nil: none
+	mode         config.GuardMode
 	log          *slog.Logger
-	reason       string // why there is none
 }
 
 // guardConfig translates the configuration. kernel says whether the kernel does the ESP, clear whether phones may register
@@ -42,9 +42,8 @@ func guardConfig(cfg *config.Config, kernel, clear bool, log *slog.Logger) guard
 // openGuard loads the guard. Without the privileges or a kernel for it gmgate works without, and says so, unless a hook was
 // asked for.
 func openGuard(cfg *config.Config, kernel, clear bool, log *slog.Logger) (*filter, error) {
-	f := &filter{log: log}
+	f := &filter{mode: cfg.Guard.Mode, log: log}
 	if cfg.Guard.Mode == config.GuardOff {
-		f.reason = "configured off"
 		// A run before may have left one.
 		if _, err := guard.Unload(cfg.PinPath(), log); err != nil {
 			log.Warn("cannot take the guard of an earlier run away", "error", err)
@@ -56,7 +55,6 @@ func openGuard(cfg *config.Config, kernel, clear bool, log *slog.Logger) (*filte
 	case err == nil:
 		f.Guard = g
 	case errors.Is(err, guard.ErrUnavailable) && cfg.Guard.Mode == config.GuardAuto:
-		f.reason = err.Error()
 		log.Warn("no guard in front of the protected ports, ESP and policies do without it", "error", err)
 	default:
 		return nil, err

@@ -29,6 +29,7 @@ usage: gmgate COMMAND [FLAGS]
   example          print a commented configuration file
   ue COMMAND       look at the phones of a running daemon, and end registrations
   bpf COMMAND      look at the eBPF programs that outlive a daemon, and take them away
+  drops [--follow] what the guard in front of the ESP ports drops, and why
   demo [FLAGS]     register phones and make calls through gmgate in network namespaces
   version          print the version
 
@@ -62,6 +63,8 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return ueMain(ctx, rest, stdout, stderr)
 	case "bpf":
 		return bpfMain(rest, stdout, stderr)
+	case "drops":
+		return dropsMain(ctx, rest, stdout, stderr)
 	case "demo":
 		return demoMain(ctx, rest, stdout, stderr)
 	case "version", "-version", "--version":

@@ -94,6 +94,7 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 	door.observe(metrics)
 	stopWatch := keep.watch(ctx, cfg, shared, back, metrics)
 	defer func() { err = errors.Join(err, stopWatch()) }()
+	defer door.watch(ctx, shared.Fleet, cfg.Store.Reconcile, metrics)()
 	handlers := make([]front.Handler, workers)
 	for i := range workers {
 		w, err := proxy.New(shared, i, measured{door.behind(back), metrics}, metrics, log.With("worker", i))
@@ -129,7 +130,7 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		return err
 	}
 	defer stop()
-	stopAdmin, err := serveAdmin(ctx, cfg, back, shared.Fleet, log)
+	stopAdmin, err := serveAdmin(ctx, cfg, back, door, shared.Fleet, log)
 	if err != nil {
 		return err
 	}

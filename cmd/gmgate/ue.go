@@ -142,7 +142,7 @@ func (o *ueFlags) check(names []string) string {
 }
 
 func ueRun(ctx context.Context, o *ueFlags, stdout io.Writer) error {
-	path, err := o.socketPath()
+	path, err := socketPath(o.file, o.socket)
 	if err != nil {
 		return err
 	}
@@ -187,12 +187,12 @@ func ueRun(ctx context.Context, o *ueFlags, stdout io.Writer) error {
 	return nil
 }
 
-// socketPath finds the daemon's socket.
-func (o *ueFlags) socketPath() (string, error) {
-	if o.socket != "" {
-		return o.socket, nil
+// socketPath finds the daemon's socket, by what the command line says of its configuration or of the socket itself.
+func socketPath(named, socket string) (string, error) {
+	if socket != "" {
+		return socket, nil
 	}
-	file := o.file
+	file := named
 	if file == "" {
 		file = defaultConfig
 	}
@@ -202,7 +202,7 @@ func (o *ueFlags) socketPath() (string, error) {
 		return "", &admin.Error{Text: "admin.socket is switched off in " + file, Hint: `set it, or leave it out to get the default`}
 	case err == nil:
 		return cfg.SocketPath(), nil
-	case o.file == "" && (errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission)):
+	case named == "" && (errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission)):
 		if found, err := filepath.Glob(filepath.Join(defaultRun, "*.sock")); err == nil && len(found) == 1 {
 			return found[0], nil
 		}

@@ -122,9 +122,10 @@ type bed struct {
 	path   string
 	client *Client
 	log    *logBuffer
+	stop   func() // ends the server
 }
 
-func newBed(t *testing.T, n int) *bed {
+func newBed(t *testing.T, n int, change ...func(*Server)) *bed {
 	t.Helper()
 	b := &bed{src: &source{}, path: filepath.Join(t.TempDir(), "run", "gmgate.sock"), log: &logBuffer{}}
 	for i := range n {
@@ -141,7 +142,11 @@ func newBed(t *testing.T, n int) *bed {
 		},
 		Logger: slog.New(slog.NewTextHandler(b.log, nil)),
 	})
-	t.Cleanup(s.Serve(l))
+	for _, f := range change {
+		f(s)
+	}
+	b.stop = sync.OnceFunc(s.Serve(l))
+	t.Cleanup(b.stop)
 	b.client = NewClient(b.path)
 	t.Cleanup(b.client.Close)
 	return b
@@ -320,6 +325,9 @@ func TestBadRequests(t *testing.T) {
 		{"GET", "/v1/ues/0-1-2", "", 404, "no UE has the id"},
 		{"GET", "/v1/ues/1-1-2?sequences=yes", "", 400, "true or false"},
 		{"GET", "/v1/ues/1-1-2?sequence=true", "", 400, "the parameter is"},
+		{"GET", "/v1/guard", "", 404, "without a guard"},
+		{"GET", "/v1/drops", "", 404, "without a guard"},
+		{"POST", "/v1/drops", "", 405, "use GET"},
 		{"POST", "/v1/deregister", "", 400, "not a target"},
 		{"POST", "/v1/deregister", "{}", 400, "exactly one"},
 		{"POST", "/v1/deregister", `{"impi":"a","impu":"b"}`, 400, "exactly one"},

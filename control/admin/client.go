@@ -42,8 +42,9 @@ func (e *Error) Unwrap() error { return e.cause }
 
 // Client talks to a Server. It is safe for concurrent use.
 type Client struct {
-	path string
-	http *http.Client
+	path   string
+	http   *http.Client
+	stream *http.Client // for answers that take as long as they take
 }
 
 // NewClient makes a client of the socket at path.
@@ -51,7 +52,8 @@ func NewClient(path string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", path)
 	}
-	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial}, Timeout: clientTimeout}}
+	t := &http.Transport{DialContext: dial, ResponseHeaderTimeout: clientTimeout}
+	return &Client{path: path, http: &http.Client{Transport: t, Timeout: clientTimeout}, stream: &http.Client{Transport: t}}
 }
 
 // Close closes idle connections.
@@ -76,18 +78,27 @@ func (c *Client) call(ctx context.Context, method, path string, body, v any) err
 		return c.unreachable(err)
 	}
 	defer resp.Body.Close() //nolint:errcheck // read only
-	dec := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer))
 	if resp.StatusCode != http.StatusOK {
-		var p Problem
-		if err := dec.Decode(&p); err != nil || p.Text == "" {
-			p = Problem{Text: "answered " + resp.Status, Hint: "is " + c.path + " the admin socket of gmgate?"}
-		}
-		return &Error{Status: resp.StatusCode, Text: p.Text, Hint: p.Hint}
+		return c.refused(resp)
 	}
-	if err := dec.Decode(v); err != nil {
-		return &Error{Text: fmt.Sprintf("read the answer: %v", err), Hint: "is " + c.path + " the admin socket of gmgate?", cause: err}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(v); err != nil {
+		return c.unreadable(err)
 	}
 	return nil
+}
+
+// refused reads why a request has failed.
+func (c *Client) refused(resp *http.Response) error {
+	var p Problem
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&p); err != nil || p.Text == "" {
+		p = Problem{Text: "answered " + resp.Status, Hint: "is " + c.path + " the admin socket of gmgate?"}
+	}
+	return &Error{Status: resp.StatusCode, Text: p.Text, Hint: p.Hint}
+}
+
+// unreadable says that an answer is not what gmgate would say.
+func (c *Client) unreadable(err error) error {
+	return &Error{Text: fmt.Sprintf("read the answer: %v", err), Hint: "is " + c.path + " the admin socket of gmgate?", cause: err}
 }
 
 // unreachable says in an operator's words why there was no answer.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/gmgate/gmgate/control/proxy"
@@ -50,6 +51,7 @@ type Config struct {
 	SAs    func() int // installed in the backend
 	// Survey reads what the backend holds; it may take long where there are many SAs, so it is asked only on demand.
 	Survey func(context.Context) (sa.Survey, error)
+	Guard  Guard // nil: there is none
 	Logger *slog.Logger
 }
 
@@ -58,6 +60,13 @@ type Server struct {
 	cfg  Config
 	mux  *http.ServeMux
 	busy chan struct{}
+
+	following chan struct{} // by those who follow drops, which takes long
+	ending    chan struct{} // closed when the server ends
+	end       func()
+
+	// Constants, but in tests.
+	writeTimeout, streamTimeout time.Duration
 }
 
 // request is one request of an operator.
@@ -68,17 +77,24 @@ type request struct {
 
 // NewServer makes a server; Serve lets it work.
 func NewServer(cfg Config) *Server {
-	s := &Server{cfg: cfg, mux: http.NewServeMux(), busy: make(chan struct{}, maxParallel)}
+	s := &Server{
+		cfg: cfg, mux: http.NewServeMux(), busy: make(chan struct{}, maxParallel),
+		following: make(chan struct{}, maxFollowers), ending: make(chan struct{}),
+		writeTimeout: writeTimeout, streamTimeout: streamTimeout,
+	}
+	s.end = sync.OnceFunc(func() { close(s.ending) })
 	for _, r := range []struct {
 		method, path string
-		do           func(*request) (any, error)
+		do           http.HandlerFunc
 	}{
-		{http.MethodGet, "/v1/status", s.status},
-		{http.MethodGet, "/v1/ues", s.ues},
-		{http.MethodGet, "/v1/ues/{id}", s.ue},
-		{http.MethodPost, "/v1/deregister", s.deregister},
+		{http.MethodGet, "/v1/status", s.handle(s.status)},
+		{http.MethodGet, "/v1/ues", s.handle(s.ues)},
+		{http.MethodGet, "/v1/ues/{id}", s.handle(s.ue)},
+		{http.MethodPost, "/v1/deregister", s.handle(s.deregister)},
+		{http.MethodGet, "/v1/guard", s.handle(s.guard)},
+		{http.MethodGet, "/v1/drops", s.drops},
 	} {
-		s.mux.HandleFunc(r.method+" "+r.path, s.handle(r.do))
+		s.mux.HandleFunc(r.method+" "+r.path, r.do)
 		s.mux.HandleFunc(r.path, func(w http.ResponseWriter, req *http.Request) {
 			w.Header().Set("Allow", r.method)
 			s.answer(w, nil, &failure{http.StatusMethodNotAllowed, Problem{Text: req.Method + " is not for " + r.path, Hint: "use " + r.method}})
@@ -94,10 +110,11 @@ func NewServer(cfg Config) *Server {
 
 type uidKey struct{}
 
-// Serve answers on a listener until stop is called, which waits for the requests that are under way.
+// Serve answers on a listener until stop is called, which waits for the requests that are under way and ends those that follow
+// drops.
 func (s *Server) Serve(l net.Listener) (stop func()) {
 	srv := &http.Server{
-		Handler: s.mux, ReadHeaderTimeout: headTimeout, ReadTimeout: 2 * headTimeout, WriteTimeout: writeTimeout,
+		Handler: s.mux, ReadHeaderTimeout: headTimeout, ReadTimeout: 2 * headTimeout, WriteTimeout: s.writeTimeout,
 		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
 		ErrorLog: slog.NewLogLogger(s.cfg.Logger.Handler(), slog.LevelDebug), // a client that went away is no news
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
@@ -112,6 +129,7 @@ func (s *Server) Serve(l net.Listener) (stop func()) {
 		}
 	}()
 	return func() {
+		s.end()
 		ctx, cancel := context.WithTimeout(context.Background(), askTimeout)
 		defer cancel()
 		if srv.Shutdown(ctx) != nil {

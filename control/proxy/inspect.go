@@ -79,6 +79,7 @@ type UEInfo struct {
 // SetInfo is an SA set at one moment. It has no keys.
 type SetInfo struct {
 	ID       uint64
+	Label    uint32 // that its SAs were installed with
 	Phase    sa.Phase
 	Ending   bool // told to go, waits for its grace
 	Ports    ims.Ports
@@ -262,7 +263,7 @@ func (w *Worker) info(u *registrar.UE) UEInfo {
 			first = w.cfg.Witness.First(s.ID)
 		}
 		i.Sets[k] = SetInfo{
-			ID: s.ID, Phase: s.Phase, Ending: s.Dropped(), Ports: s.Ports, SPIs: s.SPIs, Suite: s.Keys.Suite,
+			ID: s.ID, Label: s.Label, Phase: s.Phase, Ending: s.Dropped(), Ports: s.Ports, SPIs: s.SPIs, Suite: s.Keys.Suite,
 			Deadline: s.Deadline, TCP: s.OverTCP, Used: s.Used, ConnIn: s.ConnIn, ConnOut: s.ConnOut,
 			FirstESP: first, Heard: s.Heard(), Diagnosis: w.diagnose(s, first),
 		}

@@ -67,13 +67,13 @@ func (g *Guard) Stats() (Stats, error) {
 	return s, errors.Join(errs...)
 }
 
-// sourceBatch is how many sources are read at once.
-const sourceBatch = 4096
+// readBatch is how many entries of a map are read at once.
+const readBatch = 4096
 
 // CountSources returns how many sources the limit remembers. It reads all of them, which takes milliseconds.
 func (g *Guard) CountSources() (n int, err error) {
 	var cursor ebpf.MapBatchCursor
-	keys, values := make([]bpf.GuardAddress, sourceBatch), make([]uint64, sourceBatch)
+	keys, values := make([]bpf.GuardAddress, readBatch), make([]uint64, readBatch)
 	for {
 		got, err := g.objs.Sources.BatchLookup(&cursor, keys, values, nil)
 		n += got
