@@ -661,7 +661,7 @@ func (d *demo) waitSets(ctx context.Context, n int) error {
 func (d *demo) deregister(ctx context.Context) error {
 	d.c.section("De-registration")
 	d.step(ctx, "what the phones have sent", func(ctx context.Context) (detail string, err error) {
-		d.talks, detail, err = d.traffic(ctx)
+		d.talks, detail, err = d.espByUE(ctx)
 		return detail, err
 	})
 	d.step(ctx, fmt.Sprintf("%d phones leave", len(d.phones)), func(ctx context.Context) (string, error) {

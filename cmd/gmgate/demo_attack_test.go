@@ -63,28 +63,33 @@ func TestDemoAttack(t *testing.T) {
 	}
 }
 
-// The story tells on itself: what the guard did not count, what reached the core.
+// The story tells on itself: what the guard did not count, what reached the core, what ESP let through.
 func TestAttackChecks(t *testing.T) {
 	drops := func(reason string, n float64) map[string]float64 { return map[string]float64{reason: n} }
 	sent := attack.Result{Sent: 1000}
+	bad := func(*strike) error { return errors.New("bad") }
+	clear := exactly("cleartext")
 	for name, tt := range map[string]struct {
-		proof  func(*strike) error
 		strike strike
-		text   string // in the error; empty: none
+		with   string // in the error where there is a guard; empty: none
+		alone  string // and where there is none
 	}{
-		"all":                    {exactly("cleartext"), strike{sent: sent, guard: drops("cleartext", 1000)}, ""},
-		"all but what was lost":  {exactly("cleartext"), strike{sent: sent, guard: drops("cleartext", 990), lost: 10}, ""},
-		"others lost something":  {exactly("cleartext"), strike{sent: sent, guard: drops("cleartext", 1000), lost: 10}, ""},
-		"one too few":            {exactly("cleartext"), strike{sent: sent, guard: drops("cleartext", 999)}, "counts 999 packets as cleartext; 1000 were sent"},
-		"too few with the lost":  {exactly("cleartext"), strike{sent: sent, guard: drops("cleartext", 989), lost: 10}, "the link has lost 10"},
-		"one too many":           {exactly("cleartext"), strike{sent: sent, guard: drops("cleartext", 1001)}, "counts 1001"},
-		"for another reason":     {exactly("cleartext"), strike{sent: sent, guard: drops("malformed", 1000)}, "counts 0"},
-		"nothing at the core":    {nothing, strike{sent: sent}, ""},
-		"something at the core":  {nothing, strike{arrived: 1}, "1 messages of the attacker reached the core"},
-		"two proofs, one is bad": {proofs(exactly("cleartext"), nothing), strike{sent: sent, guard: drops("cleartext", 1000), arrived: 2}, "2 messages"},
+		"all":                   {strike{sent: sent, proof: clear, guard: drops("cleartext", 1000)}, "", ""},
+		"all but what was lost": {strike{sent: sent, proof: clear, guard: drops("cleartext", 990), lost: 10}, "", ""},
+		"others lost something": {strike{sent: sent, proof: clear, guard: drops("cleartext", 1000), lost: 10}, "", ""},
+		"one too few":           {strike{sent: sent, proof: clear, guard: drops("cleartext", 999)}, "counts 999 packets as cleartext; 1000 were sent", ""},
+		"too few with the lost": {strike{sent: sent, proof: clear, guard: drops("cleartext", 989), lost: 10}, "the link has lost 10", ""},
+		"one too many":          {strike{sent: sent, proof: clear, guard: drops("cleartext", 1001)}, "counts 1001", ""},
+		"for another reason":    {strike{sent: sent, proof: clear, guard: drops("malformed", 1000)}, "counts 0", ""},
+		"nothing was sent":      {strike{}, "nothing was sent", "nothing was sent"},
+		"reached the core":      {strike{sent: sent, arrived: 2}, "2 messages of the attacker", "2 messages of the attacker"},
+		"may reach the core":    {strike{sent: sent, arrived: 2, lets: true}, "", ""},
+		"always":                {strike{sent: sent, always: bad}, "bad", "bad"},
 	} {
-		if err := tt.proof(&tt.strike); tt.text == "" && err != nil || tt.text != "" && (err == nil || !strings.Contains(err.Error(), tt.text)) {
-			t.Errorf("%s: %v, want %q", name, err, tt.text)
+		for guarded, want := range map[bool]string{true: tt.with, false: tt.alone} {
+			if err := tt.strike.check(guarded); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+				t.Errorf("%s, guarded %t: %v, want %q", name, guarded, err, want)
+			}
 		}
 	}
 }

@@ -253,8 +253,8 @@ func espPackets(u admin.UE) (in, out uint64) {
 // demoRows is how many phones a table shows.
 const demoRows = 8
 
-// traffic asks gmgate for the ESP packets by UE, and finds a phone odd that has sent or got none.
-func (d *demo) traffic(ctx context.Context) (rows [][]string, detail string, err error) {
+// espByUE asks gmgate for the ESP packets by UE, and finds a phone odd that has sent or got none.
+func (d *demo) espByUE(ctx context.Context) (rows [][]string, detail string, err error) {
 	list, _, err := d.admin.UEs(ctx, admin.Query{}, demoMaxPhones)
 	if err != nil {
 		return nil, "", err
