@@ -43,8 +43,8 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 			return PASS_OTHER;
 		p->source = ip->source;
 		p->destination = ip->destination;
-		if (!ours(p))
-			return PASS_OTHER;
+		if (!ours(p) || is_mapped(&p->destination))
+			return PASS_OTHER; // there are no such addresses on the wire, and ours are IPv4 in that form
 		left = bpf_ntohs(ip->payload_length);
 		p->bytes = left + sizeof(*ip);
 		p->protocol = ip->next;
@@ -86,7 +86,7 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 				p->protocol = here.next;
 				return PASS_FRAGMENT;
 			}
-			p->fragment = bpf_ntohs(here.offset) & 1;
+			p->fragment |= bpf_ntohs(here.offset) & 1; // of a second one as well: neither hides the other
 		} else if (p->protocol == PROTO_AH) {
 			header = ((__u32)here.length + 2) * 4; // RFC 4302 section 2.2
 		}

@@ -56,6 +56,11 @@ static __always_inline struct address mapped(__u32 v4)
 	return a;
 }
 
+static __always_inline int is_mapped(const struct address *a)
+{
+	return !a->word[0] && !a->word[1] && a->word[2] == bpf_htonl(0xffff);
+}
+
 static __always_inline int equal(const struct address *a, const volatile struct address *b)
 {
 	return a->word[3] == b->word[3] && a->word[2] == b->word[2] && a->word[1] == b->word[1] &&

@@ -18,7 +18,7 @@ static __always_inline int admit(const struct packet *p)
 
 	if (!limit_interval)
 		return 1;
-	if (key.word[0] || key.word[1] || key.word[2] != bpf_htonl(0xffff)) {
+	if (!is_mapped(&key)) {
 		key.word[2] = 0;
 		key.word[3] = 0;
 	}
