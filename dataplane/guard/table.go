@@ -3,6 +3,7 @@ package guard
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -34,6 +35,7 @@ type table struct {
 	mu      sync.RWMutex
 	entries int
 	slots   map[uint32]*place // by label
+	sets    map[uint64]*place // by set
 	free    []uint32          // slots that were used before
 	next    uint32            // the first one that never was
 	first   map[uint64]uint64 // CLOCK_MONOTONIC of the first packet of sets
@@ -41,8 +43,8 @@ type table struct {
 
 // place is where a UE context is counted.
 type place struct {
-	slot uint32
-	sets int // that use it
+	label, slot uint32
+	sets        int // that use it
 }
 
 func (t *table) open(g *Guard) error {
@@ -58,7 +60,7 @@ func (t *table) open(g *Guard) error {
 	}
 	t.counters = unsafe.Slice((*bpf.GuardTraffic)(unsafe.Pointer(&t.memory[0])), n)
 	t.sas, t.cap = g.objs.Sas, g.cfg.SAs
-	t.slots, t.first = make(map[uint32]*place), make(map[uint64]uint64)
+	t.slots, t.sets, t.first = make(map[uint32]*place), make(map[uint64]*place), make(map[uint64]uint64)
 	t.local = func(spi ims.SPI, p *sa.Params) (bpf.GuardSaKey, bool) {
 		i, ok := g.cfg.local(p.Local)
 		return bpf.GuardSaKey{Spi: uint32(spi), Local: i}, ok
@@ -89,7 +91,7 @@ func (t *table) keys(p *sa.Params) (keys [2]bpf.GuardSaKey, err error) {
 	return keys, nil
 }
 
-// add puts the inbound SAs of a set in, both or none. A set that is there already stays as it is.
+// add puts the inbound SAs of a set in, both or none. What is there already of the set stays as it is.
 func (t *table) add(p *sa.Params, flags uint32) error {
 	keys, err := t.keys(p)
 	if err != nil {
@@ -97,55 +99,68 @@ func (t *table) add(p *sa.Params, flags uint32) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	pl := t.take(p.Label)
+	pl := t.sets[p.ID]
+	again := pl != nil
+	if !again {
+		pl = t.take(p.Label)
+	}
 	v := bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: pl.slot, Flags: flags}
-	again := false
-	for i, k := range keys {
-		err := t.sas.Update(k, &v, ebpf.UpdateNoExist)
-		if errors.Is(err, ebpf.ErrKeyExist) {
-			if again, err = t.takeOver(k, &v); err == nil {
-				continue
+	written := keys[:0]
+	for _, k := range keys {
+		wrote, err := t.put(k, &v)
+		if err != nil {
+			for _, k := range written {
+				if t.sas.Delete(k) == nil {
+					t.entries--
+				}
 			}
-		}
-		if err == nil {
-			t.entries++
-			continue
-		}
-		for _, k := range keys[:i] {
-			if t.sas.Delete(k) == nil {
-				t.entries--
+			if !again {
+				t.give(pl)
 			}
+			return t.full(err)
 		}
-		t.give(p.Label, pl)
-		if errors.Is(err, unix.E2BIG) || errors.Is(err, unix.ENOMEM) {
-			return fmt.Errorf("%w: %d of %d entries: %w", ErrFull, t.entries, t.cap, err)
+		if wrote {
+			written = append(written, k)
 		}
-		return err
 	}
-	if again {
-		t.give(p.Label, pl)
-	}
+	t.sets[p.ID] = pl
 	return nil
 }
 
-// takeOver deals with an entry that is there: of the same set, which was installed again, it stays; that of another one was
-// left behind.
-func (t *table) takeOver(k bpf.GuardSaKey, v *bpf.GuardSaValue) (again bool, err error) {
+// put writes the entry of an SA. One that is there of the same set, which was installed again, stays; one of another set
+// was left behind.
+func (t *table) put(k bpf.GuardSaKey, v *bpf.GuardSaValue) (wrote bool, err error) {
+	err = t.sas.Update(k, v, ebpf.UpdateNoExist)
+	if err == nil {
+		t.entries++
+		return true, nil
+	}
+	if !errors.Is(err, ebpf.ErrKeyExist) {
+		return false, err
+	}
 	var old bpf.GuardSaValue
 	if err := t.sas.Lookup(k, &old); err != nil {
 		return false, err
 	}
 	if old.Set == v.Set {
-		return true, nil
+		return false, nil
 	}
-	return false, t.sas.Put(k, v)
+	return true, t.sas.Put(k, v)
+}
+
+// full tells that the map has no room from other errors.
+func (t *table) full(err error) error {
+	if errors.Is(err, unix.E2BIG) || errors.Is(err, unix.ENOMEM) {
+		return fmt.Errorf("%w: %d of %d entries: %w", ErrFull, t.entries, t.cap, err)
+	}
+	return err
 }
 
 // take returns the place of a UE context, for one more set.
 func (t *table) take(label uint32) *place {
 	p := t.slots[label]
 	if p == nil {
-		p = &place{slot: t.newSlot()}
+		p = &place{label: label, slot: t.newSlot()}
 		t.slots[label] = p
 	}
 	p.sets++
@@ -179,17 +194,18 @@ func (t *table) zero(slot uint32) {
 }
 
 // give takes back what take has done.
-func (t *table) give(label uint32, p *place) {
+func (t *table) give(p *place) {
 	if p.sets--; p.sets > 0 {
 		return
 	}
-	delete(t.slots, label)
+	delete(t.slots, p.label)
 	if p.slot != noSlot {
 		t.free = append(t.free, p.slot)
 	}
 }
 
-// remove takes the inbound SAs of a set out. One that is not there is no error.
+// remove takes the inbound SAs of a set out. One that is not there is no error, and one that another set has taken over
+// stays.
 func (t *table) remove(p *sa.Params) error {
 	keys, err := t.keys(p)
 	if err != nil {
@@ -197,85 +213,96 @@ func (t *table) remove(p *sa.Params) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.first, p.ID)
 	var errs []error
-	gone := 0
 	for _, k := range keys {
-		switch err := t.sas.Delete(k); {
-		case err == nil:
-			gone++
-		case !errors.Is(err, ebpf.ErrKeyNotExist):
+		var v bpf.GuardSaValue
+		err := t.sas.Lookup(k, &v)
+		if err == nil && v.Set == p.ID {
+			if err = t.sas.Delete(k); err == nil {
+				t.entries--
+			}
+		}
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			errs = append(errs, err)
 		}
 	}
-	t.entries -= gone
-	if pl := t.slots[p.Label]; pl != nil && gone > 0 {
-		t.give(p.Label, pl)
+	if len(errs) > 0 {
+		return errors.Join(errs...) // what is left is counted where it was
 	}
-	return errors.Join(errs...)
+	delete(t.first, p.ID)
+	if pl := t.sets[p.ID]; pl != nil {
+		delete(t.sets, p.ID)
+		t.give(pl)
+	}
+	return nil
 }
 
 // sync makes the map hold the SAs of these sets, those of other programs, and nothing else. Counters of UE contexts that
 // were there stay.
 func (t *table) sync(sets []sa.Params, foreign []bpf.GuardSaKey) error {
-	type want struct {
-		p     *sa.Params // nil: foreign
-		there bool
+	wanted := make(map[bpf.GuardSaKey]*sa.Params, 2*len(sets)+len(foreign)) // nil: foreign
+	for _, k := range foreign {
+		wanted[k] = nil
 	}
-	wanted := make(map[bpf.GuardSaKey]*want, 2*len(sets)+len(foreign))
 	for i := range sets {
 		keys, err := t.keys(&sets[i])
 		if err != nil {
 			return err
 		}
-		w := &want{p: &sets[i]}
-		wanted[keys[0]], wanted[keys[1]] = w, w
-	}
-	for _, k := range foreign {
-		wanted[k] = &want{}
+		wanted[keys[0]], wanted[keys[1]] = &sets[i], &sets[i]
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.entries, t.next, t.free = 0, 0, nil
+	t.next, t.free = 0, nil
 	clear(t.slots)
+	clear(t.sets)
 	var stale []bpf.GuardSaKey
 	used := make(map[uint32]uint32) // slots, by label
 	var k bpf.GuardSaKey
 	var v bpf.GuardSaValue
 	it := t.sas.Iterate()
+	there := 0
 	for it.Next(&k, &v) {
-		w := wanted[k]
-		if w == nil {
+		there++
+		p, ok := wanted[k]
+		if !ok {
 			stale = append(stale, k)
 			continue
 		}
-		if w.p != nil && int(v.Slot) < len(t.counters)/t.lanes {
-			used[w.p.Label] = v.Slot
+		if p != nil && int(v.Slot) < len(t.counters)/t.lanes {
+			used[p.Label] = v.Slot
 		}
 	}
 	if err := it.Err(); err != nil {
 		return fmt.Errorf("read the map of SPIs: %w", err)
 	}
+	t.entries = there
 	t.reuse(used)
-	for k, w := range wanted {
-		v := bpf.GuardSaValue{Slot: noSlot, Flags: uint32(bpf.GuardSaFlagSA_ANY_SOURCE)}
-		if w.p != nil {
-			if !w.there {
-				w.there = true
-				t.take(w.p.Label)
-			}
-			v = bpf.GuardSaValue{Source: guardAddress(w.p.UE), Set: w.p.ID, Slot: t.slots[w.p.Label].slot}
-		}
-		if err := t.sas.Put(k, &v); err != nil {
-			return fmt.Errorf("fill the map of SPIs: %w", err)
-		}
-		t.entries++
-	}
+	// These first: there may be no room for both.
 	for _, k := range stale {
-		if err := t.sas.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		switch err := t.sas.Delete(k); {
+		case err == nil:
+			t.entries--
+		case !errors.Is(err, ebpf.ErrKeyNotExist):
 			return fmt.Errorf("clear the map of SPIs: %w", err)
 		}
 	}
+	for k, p := range wanted {
+		v := bpf.GuardSaValue{Slot: noSlot, Flags: uint32(bpf.GuardSaFlagSA_ANY_SOURCE)}
+		if p != nil {
+			pl := t.sets[p.ID]
+			if pl == nil {
+				pl = t.take(p.Label)
+				t.sets[p.ID] = pl
+			}
+			v = bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: pl.slot}
+		}
+		if err := t.sas.Put(k, &v); err != nil {
+			return fmt.Errorf("fill the map of SPIs: %w", t.full(err))
+		}
+	}
+	t.entries = len(wanted)
+	maps.DeleteFunc(t.first, func(set, _ uint64) bool { return t.sets[set] == nil })
 	return nil
 }
 
@@ -286,7 +313,7 @@ func (t *table) reuse(used map[uint32]uint32) {
 	for label, slot := range used {
 		if !owner[slot] {
 			owner[slot] = true
-			t.slots[label] = &place{slot: slot}
+			t.slots[label] = &place{label: label, slot: slot}
 			taken = append(taken, slot)
 		}
 	}
@@ -326,11 +353,11 @@ func (t *table) traffic(label uint32) sa.Traffic {
 	return s
 }
 
-// seen notes the first packet of a set.
+// seen notes the first packet of a set; what is told of one that has gone since is of no use to anybody.
 func (t *table) seen(set, at uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.first[set] == 0 {
+	if t.sets[set] != nil && t.first[set] == 0 {
 		t.first[set] = at
 	}
 }
