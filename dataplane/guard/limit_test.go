@@ -11,13 +11,14 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
 )
 
 // bucketKey is the key of the bucket that the model says a source has.
 func bucketKey(p netip.Prefix) [4]uint32 { return words(p.Addr()) }
 
 // exhaust makes a bucket empty for an hour.
-func (w *ward) exhaust(t testing.TB, p netip.Prefix) {
+func (w *ward) exhaust(t rapid.TB, p netip.Prefix) {
 	t.Helper()
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
@@ -29,7 +30,7 @@ func (w *ward) exhaust(t testing.TB, p netip.Prefix) {
 }
 
 // refill forgets a bucket, and reports whether there was one.
-func (w *ward) refill(t testing.TB, p netip.Prefix) bool {
+func (w *ward) refill(t rapid.TB, p netip.Prefix) bool {
 	t.Helper()
 	err := w.objs.Sources.Delete(bucketKey(p))
 	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {

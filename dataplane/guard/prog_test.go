@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
 
 	"github.com/gmgate/gmgate/bpf"
 	"github.com/gmgate/gmgate/control/ims"
@@ -96,7 +97,7 @@ func newWard(t testing.TB, cfg Config) *ward {
 }
 
 // tallies reads the counters.
-func (w *ward) tallies(t testing.TB) (sum [reasons]Tally) {
+func (w *ward) tallies(t rapid.TB) (sum [reasons]Tally) {
 	t.Helper()
 	var cursor ebpf.MapBatchCursor
 	if n, err := w.objs.Tallies.BatchLookup(&cursor, w.reasons, w.lane, nil); n != int(reasons) || err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
