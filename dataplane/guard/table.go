@@ -269,7 +269,7 @@ func (t *table) sync(sets []sa.Params, foreign []bpf.GuardSaKey) error {
 			stale = append(stale, k)
 			continue
 		}
-		if p != nil && int(v.Slot) < len(t.counters)/t.lanes {
+		if p != nil && v.Source == guardAddress(p.UE) && int(v.Slot) < len(t.counters)/t.lanes {
 			used[p.Label] = v.Slot
 		}
 	}
