@@ -109,15 +109,17 @@ func (g *Guard) Pinned() string {
 }
 
 // update brings the hooks in line with the interfaces that there are now.
-func (g *Guard) update() error {
-	ns, err := hostnet.Current()
-	if err != nil {
-		return err
-	}
-	defer ns.Close() //nolint:errcheck // a handle only
+func (g *Guard) update() error { return inside(g.cfg.NS, g.updateIn) }
+
+func (g *Guard) updateIn(ns *hostnet.NS) error {
 	links, err := ns.Links()
 	if err != nil {
 		return err
+	}
+	for _, h := range g.hooks {
+		if h.kind != HookNone && !slices.ContainsFunc(links, func(l hostnet.Link) bool { return l.Index == h.index }) {
+			h.reset("the interface has gone", nil)
+		}
 	}
 	names, err := g.interfaces(links)
 	if err != nil {
@@ -224,6 +226,9 @@ func (g *Guard) attach(ns *hostnet.NS, h *hook, l hostnet.Link) error {
 // candidates are the hooks that the mode allows, the best one first. Generic XDP cannot do all where the kernel's ESP may have
 // decrypted before it, and every kernel that has it has tc as well.
 func (g *Guard) candidates() []HookKind {
+	if g.cfg.hooks != nil {
+		return g.cfg.hooks
+	}
 	switch g.cfg.Mode {
 	case Native:
 		return []HookKind{HookNative}
@@ -385,13 +390,18 @@ func (g *Guard) dropStale() {
 			_ = os.Remove(g.dir.file(n))
 		}
 	}
-	if err := removeFilters(g.dir.path, filters); err != nil {
+	if err := removeFilters(g.cfg.NS, g.dir.path, filters); err != nil {
 		g.log.Warn("filters of an earlier run are left", slog.Any("error", err))
 	}
 }
 
 // filterOf is our filter on an interface. Instances differ in name and priority.
-func (g *Guard) filterOf(name string) hostnet.Filter { return filterAt(g.cfg.Pin, name) }
+func (g *Guard) filterOf(name string) hostnet.Filter {
+	if g.cfg.trial {
+		return filterAt("trial", name)
+	}
+	return filterAt(g.cfg.Pin, name)
+}
 
 func filterAt(pin, name string) hostnet.Filter {
 	h := fnv.New32a()
@@ -402,33 +412,30 @@ func filterAt(pin, name string) hostnet.Filter {
 }
 
 // removeFilters takes the filters off that these pins stand for.
-func removeFilters(pin string, names []string) error {
-	ns, err := hostnet.Current()
-	if err != nil {
-		return err
-	}
-	defer ns.Close() //nolint:errcheck // a handle only
-	var errs []error
-	for _, n := range names {
-		if name, ok := strings.CutPrefix(n, filterPrefix); ok {
-			errs = append(errs, filterAt(pin, unescape(name)).Remove(ns))
+func removeFilters(ns *hostnet.NS, pin string, names []string) error {
+	return inside(ns, func(ns *hostnet.NS) error {
+		var errs []error
+		for _, n := range names {
+			if name, ok := strings.CutPrefix(n, filterPrefix); ok {
+				errs = append(errs, filterAt(pin, unescape(name)).Remove(ns))
+			}
 		}
-	}
-	return errors.Join(errs...)
+		return errors.Join(errs...)
+	})
 }
 
 // detachAll takes everything off the interfaces.
 func (g *Guard) detachAll() error {
 	var errs []error
 	for _, h := range g.hooks {
-		errs = append(errs, h.detach())
+		errs = append(errs, h.detach(g.cfg.NS))
 		h.reset("detached", nil)
 	}
 	return errors.Join(errs...)
 }
 
 // detach takes the program off the interface, and the pin with it.
-func (h *hook) detach() error {
+func (h *hook) detach(ns *hostnet.NS) error {
 	var errs []error
 	if h.link != nil {
 		if err := h.link.Unpin(); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -436,11 +443,7 @@ func (h *hook) detach() error {
 		}
 	}
 	if h.filter != nil {
-		ns, err := hostnet.Current()
-		if err != nil {
-			return errors.Join(append(errs, err)...)
-		}
-		errs = append(errs, h.filter.Remove(ns), ns.Close())
+		errs = append(errs, inside(ns, h.filter.Remove))
 	}
 	return errors.Join(errs...)
 }
@@ -463,10 +466,10 @@ func (h *hook) release() error {
 // Choose finds out which hook each interface would get, by attaching the guard for a moment without anything pinned. Where
 // a guard with the pin directory of the configuration is attached already, it tells that one's hooks and touches nothing.
 func Choose(cfg Config) ([]Hook, error) {
-	if names := Pinned(cfg.Pin); cfg.Pin != "" && len(names) > 0 {
-		return pinnedHooks(names), nil
+	if hooks := pinnedHooks(Pinned(cfg.Pin)); len(hooks) > 0 {
+		return hooks, nil
 	}
-	cfg.Pin = ""
+	cfg.Pin, cfg.trial = "", true
 	cfg.SAs, cfg.UEs, cfg.Sources = 2, 1, 1
 	g, err := Open(cfg)
 	if err != nil {
