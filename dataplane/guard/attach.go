@@ -247,7 +247,7 @@ func (g *Guard) candidates() []HookKind {
 func reasonOf(m Mode, kind HookKind, tried []string) string {
 	switch {
 	case len(tried) > 0:
-		return "auto: " + strings.Join(tried, "; ")
+		return string(m) + ": " + strings.Join(tried, "; ")
 	case m != Auto:
 		return "configured"
 	case kind == HookNative:
@@ -285,8 +285,10 @@ func (g *Guard) attachAs(ns *hostnet.NS, h *hook, l hostnet.Link, kind HookKind)
 	p := g.program(kind, l.Ethernet)
 	switch kind {
 	case HookNative:
+		g.yield(l.Name, HookGeneric)
 		h.link, err = link.AttachXDP(link.XDPOptions{Program: p, Interface: l.Index, Flags: link.XDPDriverMode})
 	case HookGeneric:
+		g.yield(l.Name, HookNative)
 		h.link, err = link.AttachXDP(link.XDPOptions{Program: p, Interface: l.Index, Flags: link.XDPGenericMode})
 	case HookTCX:
 		h.link, err = link.AttachTCX(link.TCXOptions{Program: p, Interface: l.Index, Attach: ebpf.AttachTCXIngress})
@@ -306,7 +308,9 @@ func (g *Guard) attachAs(ns *hostnet.NS, h *hook, l hostnet.Link, kind HookKind)
 	if g.dir == nil {
 		return nil
 	}
-	if err := h.link.Pin(g.dir.file(linkPin(l.Name, kind))); err != nil {
+	file := g.dir.file(linkPin(l.Name, kind))
+	_ = os.Remove(file) // no link of ours, or reuse had taken it
+	if err := h.link.Pin(file); err != nil {
 		e := h.link.Close()
 		h.link = nil
 		return errors.Join(err, e)
@@ -336,6 +340,14 @@ func (g *Guard) reuse(h *hook, l hostnet.Link) bool {
 		_ = errors.Join(k.Unpin(), k.Close()) // of an interface that is gone
 	}
 	return false
+}
+
+// yield takes the XDP program off that a run with another configuration has left in the other form: an interface takes one
+// form at a time. There is no guard until the new one is attached.
+func (g *Guard) yield(name string, other HookKind) {
+	if g.dir != nil {
+		_ = g.dir.remove(linkPin(name, other)) // where there is one
+	}
 }
 
 // linkIndex returns the interface that a link is attached to; 0 when that is gone.
@@ -384,7 +396,7 @@ func (g *Guard) dropStale() {
 		switch {
 		case i >= 0:
 		case strings.HasPrefix(n, linkPrefix):
-			_ = os.Remove(g.dir.file(n))
+			_ = g.dir.remove(n)
 		case strings.HasPrefix(n, filterPrefix):
 			filters = append(filters, n)
 			_ = os.Remove(g.dir.file(n))
@@ -438,6 +450,7 @@ func (g *Guard) detachAll() error {
 func (h *hook) detach(ns *hostnet.NS) error {
 	var errs []error
 	if h.link != nil {
+		_ = h.link.Detach() // at once; of an interface that has gone it fails
 		if err := h.link.Unpin(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}

@@ -305,12 +305,21 @@ func stats(t *testing.T, g *Guard) Stats {
 	return s
 }
 
+func tally(t *testing.T, g *Guard, r Reason) uint64 {
+	t.Helper()
+	s := stats(t, g)
+	return s.Tally(r).Packets
+}
+
 // onDuty sends good and bad packets, and checks what arrives and what the guard counts.
 func (r *road) onDuty(t *testing.T, g *Guard) {
 	t.Helper()
 	const n = 5
 	for _, family := range []string{"4", "6"} {
-		before := stats(t, g)
+		var before Stats
+		if g != nil {
+			before = stats(t, g)
+		}
 		known := knownTo(family)
 		start := map[string]int{}
 		for _, k := range []struct {

@@ -89,6 +89,9 @@ func (g *Guard) load() error {
 			spec.Maps[name].Pinning = ebpf.PinByName
 		}
 		opts.Maps.PinPath = g.dir.path
+		if err := g.dir.sweep(spec); err != nil {
+			return classify(err)
+		}
 	}
 	for {
 		err = spec.LoadAndAssign(&g.objs, opts)
