@@ -233,16 +233,21 @@ func (r *road) udp(t *testing.T, family string, port int) {
 // config is that of a guard at the gate. Pins go when the test ends.
 func (r *road) config(t *testing.T) Config {
 	t.Helper()
-	c := Config{
-		Local: []netip.Addr{gate4, gate6}, ClearPort: clearPort, Protected: []uint16{protectedPort}, Interfaces: []string{"gm0"},
-		SAs: 64, UEs: 16, Sources: 16, NS: r.gate, Pin: pinPath(t), Logger: slog.New(slog.DiscardHandler),
-	}
+	c := r.bareConfig()
+	c.Pin = pinPath(t)
 	t.Cleanup(func() { // after the guards of the test
 		if _, err := UnloadIn(r.gate, c.Pin, c.Logger); err != nil {
 			t.Error(err)
 		}
 	})
 	return c
+}
+
+func (r *road) bareConfig() Config {
+	return Config{
+		Local: []netip.Addr{gate4, gate6}, ClearPort: clearPort, Protected: []uint16{protectedPort}, Interfaces: []string{"gm0"},
+		SAs: 64, UEs: 16, Sources: 16, NS: r.gate, Logger: slog.New(slog.DiscardHandler),
+	}
 }
 
 var pins struct {

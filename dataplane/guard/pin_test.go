@@ -296,10 +296,8 @@ func TestCrashingProcess(t *testing.T) {
 	if pin == "" {
 		return
 	}
-	c := Config{
-		Local: []netip.Addr{gate4, gate6}, ClearPort: clearPort, Protected: []uint16{protectedPort}, Interfaces: []string{"gm0"},
-		SAs: 64, UEs: 16, Sources: 16, Pin: pin,
-	}
+	c := (&road{}).bareConfig()
+	c.Pin = pin
 	if h := os.Getenv(crashHook); h != "" {
 		c.hooks = []HookKind{HookKind(h)}
 	}
