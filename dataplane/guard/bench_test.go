@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/control/sa"
 )
 
 // benchmarkEntries is how full the map of SPIs is: 200,000 phones.
@@ -33,11 +34,13 @@ func crowd(b *testing.B) *ward {
 	cfg := testConfig()
 	cfg.SAs, cfg.UEs = 1<<19, benchmarkEntries/2
 	w := newWard(b, cfg)
-	for n := range uint32(benchmarkEntries / 2) {
-		phone, local := benchmarkPhone(n)
-		if err := w.Add(setOf(uint64(n)+1000, n+1000, local, phone, ims.SPI(benchmarkSPI(n)))); err != nil {
-			b.Fatal(err)
-		}
+	sets := make([]sa.Params, benchmarkEntries/2)
+	for n := range sets {
+		phone, local := benchmarkPhone(uint32(n))                                                       //nolint:gosec // small
+		sets[n] = setOf(uint64(n)+1000, uint32(n)+1000, local, phone, ims.SPI(benchmarkSPI(uint32(n)))) //nolint:gosec // small
+	}
+	if err := w.Sync(sets, nil); err != nil { // as SAs that have been used
+		b.Fatal(err)
 	}
 	return w
 }

@@ -12,11 +12,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"github.com/gmgate/gmgate/bpf"
@@ -705,4 +707,39 @@ func TestTableModel(t *testing.T) {
 			"": check,
 		})
 	})
+}
+
+// TestWall compares the conversion of times with the clocks.
+func TestWall(t *testing.T) {
+	for range 3 {
+		var ts unix.Timespec
+		before := time.Now()
+		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+			t.Fatal(err)
+		}
+		after := time.Now()
+		// What the test waited for its CPU between two clocks is all that can be wrong, here and at the first call.
+		const slack = 5 * time.Second
+		if got := wall(uint64(ts.Nano())); got.Before(before.Add(-slack)) || got.After(after.Add(slack)) { //nolint:gosec // not negative
+			t.Errorf("%d is %s, want %s to %s", ts.Nano(), got, before, after)
+		}
+	}
+	if d := wall(uint64(time.Hour)).Sub(wall(uint64(time.Minute))); d < 59*time.Minute-5*time.Second || d > 59*time.Minute+5*time.Second {
+		t.Errorf("an hour and a minute after the boot are %s apart", d)
+	}
+}
+
+// TestWitnessAllocatesNothing holds Traffic and First to what they promise to the workers that ask.
+func TestWitnessAllocatesNothing(t *testing.T) {
+	g := openGuard(t, tableConfig(16, 4))
+	mustAdd(t, g, setOf(1, 1, local4, phone4, 0x1000))
+	mark(t, g, 1, 1)
+	g.table.seen(1, 1000)
+	if n := testing.AllocsPerRun(100, func() {
+		if g.Traffic(1).Packets == 0 || g.First(1).IsZero() {
+			t.Error("nothing was seen")
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
 }
