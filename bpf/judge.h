@@ -52,25 +52,13 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 			return DROP_MALFORMED;
 		at += sizeof(*ip);
 	}
-	for (int i = 0;; i++) {
+	// The loop ends with its condition, a jump: kernels before 6.8 take no other that goes back.
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
 		struct extension *x, here;
 
-		switch (p->protocol) {
-		case PROTO_HOP_BY_HOP:
-		case PROTO_ROUTING:
-		case PROTO_DEST_OPTIONS:
-		case PROTO_FRAGMENT:
-		case PROTO_AH:
-		case PROTO_MOBILITY:
-		case PROTO_HIP:
-		case PROTO_SHIM6:
+		if (!is_extension(p->protocol))
 			break;
-		default:
-			p->at = at;
-			p->left = left;
-			return GO_ON;
-		}
-		if (i == MAX_EXTENSIONS || at > MAX_EXTENSIONS_AT)
+		if (at > MAX_EXTENSIONS_AT)
 			return DROP_EXT_HEADERS;
 		if (left < sizeof(*x))
 			return DROP_MALFORMED;
@@ -96,6 +84,11 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 		left -= header;
 		at += header;
 	}
+	if (is_extension(p->protocol))
+		return DROP_EXT_HEADERS;
+	p->at = at;
+	p->left = left;
+	return GO_ON;
 }
 
 // judge decides about the payload that locate has found.

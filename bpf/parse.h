@@ -46,6 +46,23 @@ struct extension {
 	__u32 rest;
 };
 
+// is_extension reports whether an IPv6 extension header that can be followed is next.
+static __always_inline int is_extension(__u8 protocol)
+{
+	switch (protocol) {
+	case PROTO_HOP_BY_HOP:
+	case PROTO_ROUTING:
+	case PROTO_DEST_OPTIONS:
+	case PROTO_FRAGMENT:
+	case PROTO_AH:
+	case PROTO_MOBILITY:
+	case PROTO_HIP:
+	case PROTO_SHIM6:
+		return 1;
+	}
+	return 0;
+}
+
 // one keeps the compiler from computing a pointer anew where the verifier has not seen it checked.
 #define one(pointer) asm volatile("" : "+r"(pointer))
 
