@@ -16,7 +16,7 @@ import (
 )
 
 // defaultExceptions is how many flows or addresses may have another worker than that of the hash.
-const defaultExceptions = 1 << 16
+const defaultExceptions = 1 << 17
 
 // Flow is what has a worker of its own by the affinity map: packets from Source to the port DestinationPort of ours. Port
 // 0 stands for all ports; an address without ports is what Steering.Move moves.
