@@ -41,7 +41,7 @@
 #define MAX_EXTENSIONS_AT 4096 // octets from the beginning of the frame
 #define MAX_LINK_HEADER 64	// octets before the IP packet
 #define MAX_PAYLOAD_AT 8191	// octets before its payload
-#define TC_PULL 192	  // octets that are made linear before the tc program looks
+#define TC_PULL 22	  // octets that are made linear before the tc program looks: as far as the type behind the tags
 #define NO_SLOT 0xffffffffu // of an SA that is nobody's of ours
 
 #define FIRST_USE_RING (1 << 16) // octets

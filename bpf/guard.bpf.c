@@ -15,13 +15,17 @@ char _license[] SEC("license") = "Apache-2.0";
 
 #define CONTEXT struct xdp_md
 #define NAME(f) f##_xdp
+#define LOAD bpf_xdp_load_bytes
 #include "judge.h"
+#undef LOAD
 #undef CONTEXT
 #undef NAME
 
 #define CONTEXT struct __sk_buff
 #define NAME(f) f##_tc
+#define LOAD bpf_skb_load_bytes
 #include "judge.h"
+#undef LOAD
 #undef CONTEXT
 #undef NAME
 
@@ -35,7 +39,7 @@ static __always_inline __u32 network(void *data, void *end, int raw, __u32 *at)
 		*at = 0;
 		return (void *)(version + 1) > end ? 0 : *version >> 4;
 	}
-	// Offsets are counted: to subtract pointers takes CAP_PERFMON.
+	// Offsets are counted: to subtract pointers takes CAP_PERFMON as well.
 #pragma unroll
 	for (__u32 tags = 0; tags <= MAX_TAGS; tags++) {
 		__u16 *type = data + ETHER_TYPE_AT + tags * VLAN_TAG;
@@ -97,11 +101,11 @@ int guard_xdp_raw(struct xdp_md *ctx)
 static __always_inline int tc(struct __sk_buff *skb, int raw)
 {
 	struct packet p = {.length = skb->len, .interface = skb->ifindex};
-	__u32 at = 0, version, need = skb->len < TC_PULL ? skb->len : TC_PULL;
+	__u32 at = 0, version;
 	int reason = PASS_OTHER;
 
-	if ((void *)(long)skb->data + need > (void *)(long)skb->data_end)
-		bpf_skb_pull_data(skb, need); // the card has split the headers; a failure leaves less to read
+	if ((void *)(long)skb->data + TC_PULL > (void *)(long)skb->data_end)
+		bpf_skb_pull_data(skb, skb->len < TC_PULL ? skb->len : TC_PULL); // a failure leaves less to read
 	version = network((void *)(long)skb->data, (void *)(long)skb->data_end, raw, &at);
 	if (version == 4 || version == 6) {
 		reason = locate_tc(skb, &p, at, version);

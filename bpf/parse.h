@@ -63,9 +63,6 @@ static __always_inline int is_extension(__u8 protocol)
 	return 0;
 }
 
-// one keeps the compiler from computing a pointer anew where the verifier has not seen it checked.
-#define one(pointer) asm volatile("" : "+r"(pointer))
-
 static __always_inline struct address mapped(__u32 v4)
 {
 	struct address a = {.word = {0, 0, bpf_htonl(0xffff), v4}};
@@ -84,10 +81,14 @@ static __always_inline int equal(const struct address *a, const volatile struct 
 	       a->word[0] == b->word[0];
 }
 
-// ours looks the destination up.
+// ours looks the destination up. Indexes are constants: an address of a constant that is computed in a loop takes
+// CAP_PERFMON.
 static __always_inline int ours(struct packet *p)
 {
-	for (__u32 i = 0; i < MAX_LOCAL && i < locals; i++) {
+#pragma unroll
+	for (__u32 i = 0; i < MAX_LOCAL; i++) {
+		if (i >= locals)
+			break;
 		if (equal(&p->destination, &local[i])) {
 			p->local = i;
 			return 1;
@@ -96,7 +97,10 @@ static __always_inline int ours(struct packet *p)
 	return 0;
 }
 
-static __always_inline int is_protected(__u16 port)
+// is_protected reads the port anew: were it known on one way to here and not on another, the index would take CAP_PERFMON.
+static __always_inline int is_protected(const struct packet *p)
 {
+	__u16 port = *(const volatile __u16 *)&p->destination_port;
+
 	return protected_ports[port >> 6] >> (port & 63) & 1;
 }

@@ -4,9 +4,11 @@
 
 #include "stats.h"
 
-// payload is what of an IP packet's payload can be read directly.
-struct payload {
-	void *data, *end;
+// payload is the beginning of an IP packet's payload, as far as anything is decided by it. Zeros follow a shorter one.
+union payload {
+	__u8 octet[TCP_HEADER];
+	__u16 half[TCP_HEADER / 2];
+	__u32 word[TCP_HEADER / 4];
 };
 
 // admit takes a token out of the bucket of a packet's source: an IPv4 address or an IPv6 /64, the least that one
@@ -38,14 +40,13 @@ static __always_inline int admit(const struct packet *p)
 	return 1;
 }
 
-static __always_inline int judge_esp(struct packet *p, const struct payload *l, __u32 *header, __u32 length,
-				     enum reason known)
+static __always_inline int judge_esp(struct packet *p, const __u32 *header, __u32 length, enum reason known)
 {
 	struct sa_key key = {.local = p->local};
 	struct sa_value *sa;
 	__u64 now;
 
-	if (length < ESP_HEADER || (void *)(header + 2) > l->end)
+	if (length < ESP_HEADER)
 		return DROP_ESP_SHORT;
 	key.spi = bpf_ntohl(*header);
 	p->spi = key.spi;
@@ -66,44 +67,40 @@ static __always_inline int judge_esp(struct packet *p, const struct payload *l, 
 }
 
 // judge_esp_in_udp tells ESP from IKE and keep-alives (RFC 3948 section 2).
-static __always_inline int judge_esp_in_udp(struct packet *p, const struct payload *l, __u32 *header, __u32 length)
+static __always_inline int judge_esp_in_udp(struct packet *p, const union payload *l, __u32 length)
 {
-	__u8 *first = (__u8 *)header;
-
-	if (length == 1 && (void *)(first + 1) <= l->end && *first == 0xff)
+	if (length == 1 && l->octet[UDP_HEADER] == 0xff)
 		return PASS_KEEPALIVE;
-	if (length >= 4 && (void *)(header + 1) <= l->end && *header == 0)
+	if (length >= 4 && l->word[UDP_HEADER / 4] == 0)
 		return PASS_IKE;
-	return judge_esp(p, l, header, length, PASS_ESP_UDP);
+	return judge_esp(p, &l->word[UDP_HEADER / 4], length, PASS_ESP_UDP);
 }
 
 // begins_register reports whether a datagram is a REGISTER, or may be one as far as can be seen.
-static __always_inline int begins_register(struct packet *p, const struct payload *l, __u8 *text, __u32 length)
+static __always_inline int begins_register(const struct packet *p, const union payload *l, __u32 length)
 {
-	__u32 *word = (__u32 *)text;
+	const __u32 *word = &l->word[UDP_HEADER / 4];
+	const __u8 *text = &l->octet[UDP_HEADER];
 
 	if (length < 8)
 		return p->fragment; // the rest may follow
-	if ((void *)(word + 2) > l->end)
-		return 1;
 	if (word[0] == bpf_htonl(0x52454749) && word[1] == bpf_htonl(0x53544552)) // "REGI" "STER"
 		return 1;
 	return *text == '\r' || *text == '\n'; // RFC 3261 section 7.5
 }
 
-static __always_inline int judge_udp(struct packet *p, const struct payload *l)
+static __always_inline int judge_udp(struct packet *p, const union payload *l)
 {
-	__u16 *port = l->data;
+	const __u16 *port = l->half;
 	__u32 length;
 
-	if (p->left < UDP_HEADER || l->data + UDP_HEADER > l->end)
+	if (p->left < UDP_HEADER)
 		return DROP_MALFORMED;
 	p->source_port = bpf_ntohs(port[0]);
 	p->destination_port = bpf_ntohs(port[1]);
 	if (p->destination_port == 0)
 		return DROP_PORT_ZERO;
-	if (p->destination_port != PORT_ESP_IN_UDP && p->destination_port != clear_port &&
-	    !is_protected(p->destination_port))
+	if (p->destination_port != PORT_ESP_IN_UDP && p->destination_port != clear_port && !is_protected(p))
 		return PASS_OTHER;
 	if (p->source_port == 0)
 		return DROP_PORT_ZERO; // cannot be answered
@@ -113,35 +110,35 @@ static __always_inline int judge_udp(struct packet *p, const struct payload *l)
 	if (length > p->left)
 		length = p->left;
 	length -= UDP_HEADER;
-	if (is_protected(p->destination_port))
+	if (is_protected(p))
 		return DROP_CLEARTEXT;
 	if (p->destination_port == PORT_ESP_IN_UDP)
-		return judge_esp_in_udp(p, l, l->data + UDP_HEADER, length);
-	if ((limit_all || begins_register(p, l, l->data + UDP_HEADER, length)) && !admit(p))
+		return judge_esp_in_udp(p, l, length);
+	if ((limit_all || begins_register(p, l, length)) && !admit(p))
 		return DROP_REGISTER_RATE;
 	return PASS_CLEAR_PORT;
 }
 
-static __always_inline int judge_tcp(struct packet *p, const struct payload *l)
+static __always_inline int judge_tcp(struct packet *p, const union payload *l)
 {
-	__u16 *port = l->data;
+	const __u16 *port = l->half;
 	__u8 flags;
 
-	if (p->left < 4 || l->data + 4 > l->end)
+	if (p->left < 4)
 		return DROP_MALFORMED;
 	p->source_port = bpf_ntohs(port[0]);
 	p->destination_port = bpf_ntohs(port[1]);
 	if (p->destination_port == 0)
 		return DROP_PORT_ZERO;
-	if (p->destination_port != clear_port && !is_protected(p->destination_port))
+	if (p->destination_port != clear_port && !is_protected(p))
 		return PASS_OTHER;
 	if (p->source_port == 0)
 		return DROP_PORT_ZERO;
-	if (p->left < TCP_HEADER || l->data + TCP_HEADER > l->end)
+	if (p->left < TCP_HEADER)
 		return DROP_MALFORMED; // a first fragment that hides its flags as well, RFC 1858 section 3
-	if (is_protected(p->destination_port))
+	if (is_protected(p))
 		return DROP_CLEARTEXT;
-	flags = *(__u8 *)(l->data + TCP_FLAGS_AT);
+	flags = l->octet[TCP_FLAGS_AT];
 	if ((flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN && !admit(p))
 		return DROP_REGISTER_RATE; // a connection costs more than a message
 	return PASS_CLEAR_PORT;

@@ -48,7 +48,10 @@ struct {
 
 volatile const __u32 workers = 1;
 const enum result *keep_result __attribute__((unused)); // for Go
-volatile __u32 exceptions; // entries of affinity; without any nobody looks there
+
+// Entries of affinity, those of flows and those of addresses: nobody looks for what there is none of.
+volatile __u32 moved_flows;
+volatile __u32 moved_addresses;
 
 static __always_inline void count(enum result result)
 {
@@ -62,9 +65,9 @@ static __always_inline void count(enum result result)
 // find looks for the flow, then for all flows of its source.
 static __always_inline __u32 *find(struct flow *f)
 {
-	__u32 *worker = bpf_map_lookup_elem(&affinity, f);
+	__u32 *worker = moved_flows ? bpf_map_lookup_elem(&affinity, f) : 0;
 
-	if (worker)
+	if (worker || !moved_addresses)
 		return worker;
 	f->source_port = 0;
 	f->destination_port = 0;
@@ -107,7 +110,7 @@ int steer(struct sk_reuseport_md *md)
 	if (!number)
 		goto kernel;
 	index = *number * workers;
-	worker = exceptions ? find(&f) : 0;
+	worker = find(&f);
 	index += worker ? *worker : owner % workers;
 	if (bpf_sk_select_reuseport(md, &sockets, &index, 0))
 		goto kernel;

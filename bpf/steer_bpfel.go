@@ -47,14 +47,15 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	SteerMapAffinity   = "affinity"
-	SteerMapGroups     = "groups"
-	SteerMapResults    = "results"
-	SteerMapSockets    = "sockets"
-	SteerProgSteer     = "steer"
-	SteerVarExceptions = "exceptions"
-	SteerVarKeepResult = "keep_result"
-	SteerVarWorkers    = "workers"
+	SteerMapAffinity       = "affinity"
+	SteerMapGroups         = "groups"
+	SteerMapResults        = "results"
+	SteerMapSockets        = "sockets"
+	SteerProgSteer         = "steer"
+	SteerVarKeepResult     = "keep_result"
+	SteerVarMovedAddresses = "moved_addresses"
+	SteerVarMovedFlows     = "moved_flows"
+	SteerVarWorkers        = "workers"
 )
 
 // LoadSteer returns the embedded CollectionSpec for Steer.
@@ -116,9 +117,10 @@ type SteerMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SteerVariableSpecs struct {
-	Exceptions *ebpf.VariableSpec `ebpf:"exceptions"`
-	KeepResult *ebpf.VariableSpec `ebpf:"keep_result"`
-	Workers    *ebpf.VariableSpec `ebpf:"workers"`
+	KeepResult     *ebpf.VariableSpec `ebpf:"keep_result"`
+	MovedAddresses *ebpf.VariableSpec `ebpf:"moved_addresses"`
+	MovedFlows     *ebpf.VariableSpec `ebpf:"moved_flows"`
+	Workers        *ebpf.VariableSpec `ebpf:"workers"`
 }
 
 // SteerObjects contains all objects after they have been loaded into the kernel.
@@ -160,9 +162,10 @@ func (m *SteerMaps) Close() error {
 //
 // It can be passed to LoadSteerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SteerVariables struct {
-	Exceptions *ebpf.Variable `ebpf:"exceptions"`
-	KeepResult *ebpf.Variable `ebpf:"keep_result"`
-	Workers    *ebpf.Variable `ebpf:"workers"`
+	KeepResult     *ebpf.Variable `ebpf:"keep_result"`
+	MovedAddresses *ebpf.Variable `ebpf:"moved_addresses"`
+	MovedFlows     *ebpf.Variable `ebpf:"moved_flows"`
+	Workers        *ebpf.Variable `ebpf:"workers"`
 }
 
 // SteerPrograms contains all programs after they have been loaded into the kernel.

@@ -16,7 +16,7 @@ import (
 )
 
 // defaultExceptions is how many flows or addresses may have another worker than that of the hash.
-const defaultExceptions = 1 << 16
+const defaultExceptions = 1 << 17
 
 // Flow is what has a worker of its own by the affinity map: packets from Source to the port DestinationPort of ours. Port
 // 0 stands for all ports; an address without ports is what Steering.Move moves.
@@ -35,6 +35,7 @@ type Steering struct {
 	groups map[bpf.SteerGroupKey]uint32
 	limit  int // of groups
 	exempt map[bpf.SteerFlow]int
+	flows  uint32 // of exempt, those with ports
 }
 
 // OpenSteering loads the program for a number of workers and of groups: listeners, UDP and TCP apart. The error matches
@@ -149,17 +150,28 @@ func (s *Steering) move(f Flow, worker int) error {
 			return err
 		}
 		delete(s.exempt, key)
+		if isFlow(key) {
+			s.flows--
+		}
 		return s.announce()
 	}
 	if err := s.objs.Affinity.Put(key, uint32(worker)); err != nil { //nolint:gosec // checked
 		return err
 	}
+	if _, ok := s.exempt[key]; !ok && isFlow(key) {
+		s.flows++
+	}
 	s.exempt[key] = worker
 	return s.announce()
 }
 
-// announce tells the program whether it has to look for exceptions.
-func (s *Steering) announce() error { return s.objs.Exceptions.Set(uint32(len(s.exempt))) } //nolint:gosec // bounded by the map
+func isFlow(k bpf.SteerFlow) bool { return k.SourcePort != 0 || k.DestinationPort != 0 }
+
+// announce tells the program what exceptions it has to look for.
+func (s *Steering) announce() error {
+	addresses := uint32(len(s.exempt)) - s.flows //nolint:gosec // bounded by the map
+	return errors.Join(s.objs.MovedFlows.Set(s.flows), s.objs.MovedAddresses.Set(addresses))
+}
 
 // SteerStats counts the packets that were steered, one for each TCP connection.
 type SteerStats struct {

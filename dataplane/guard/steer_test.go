@@ -23,6 +23,8 @@ type crew struct {
 	local netip.AddrPort
 	t     ims.Transport
 	fds   []int
+
+	phones []int // connections that nobody has accepted yet
 }
 
 var (
@@ -123,15 +125,15 @@ func (c *crew) sendHere(from netip.AddrPort) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd) //nolint:errcheck // what was sent is sent
+	if c.t == ims.TCP {
+		c.phones = append(c.phones, fd)
+	} else {
+		defer unix.Close(fd) //nolint:errcheck // what was sent is sent
+	}
 	if err := errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1), freebind(fd, from.Addr()), unix.Bind(fd, sockaddr(from))); err != nil {
 		return err
 	}
 	if c.t == ims.TCP {
-		// Reset at the end: the ports of the test are to be free again at once.
-		if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
-			return err
-		}
 		return unix.Connect(fd, sockaddr(c.local))
 	}
 	return unix.Sendto(fd, []byte("x"), 0, sockaddr(c.local))
@@ -151,9 +153,8 @@ func (c *crew) take(t testing.TB) int {
 			if c.t == ims.TCP {
 				var conn int
 				if conn, _, err = unix.Accept4(fd, unix.SOCK_CLOEXEC); err == nil {
-					err = unix.Close(conn)
-				} else if errors.Is(err, unix.ECONNABORTED) {
-					err = nil // reset before it was accepted
+					// Reset: the ports of the test are to be free again at once.
+					err = errors.Join(unix.SetsockoptLinger(conn, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}), unix.Close(conn))
 				}
 			} else {
 				_, _, err = unix.Recvfrom(fd, b, 0)
@@ -168,6 +169,10 @@ func (c *crew) take(t testing.TB) int {
 			}
 		}
 	}
+	for _, fd := range c.phones {
+		_ = unix.Close(fd)
+	}
+	c.phones = nil
 	return got
 }
 
@@ -202,6 +207,9 @@ func steerStats(t testing.TB, s *Steering) SteerStats {
 	must(t, err)
 	return st
 }
+
+// counted compares a counter. Of TCP, what is sent again or after the end is steered as well.
+func (c *crew) counted(got, want uint64) bool { return got == want || c.t == ims.TCP && got > want }
 
 // crews runs a test for UDP and TCP, IPv4 and IPv6.
 func crews(t *testing.T, workers int, f func(*testing.T, *Steering, *crew)) {
@@ -250,7 +258,7 @@ func TestSteerHash(t *testing.T) {
 				t.Errorf("worker %d has got nothing: %v", k, used)
 			}
 		}
-		if st := steerStats(t, s); st.Hash != phones || st.Affinity+st.Kernel != 0 {
+		if st := steerStats(t, s); !c.counted(st.Hash, phones) || st.Affinity+st.Kernel != 0 {
 			t.Errorf("counters %+v, want %d by the hash", st, phones)
 		}
 	})
@@ -282,7 +290,7 @@ func TestSteerMove(t *testing.T) {
 				t.Fatalf("flip %d: worker %d after the flow's end, want %d", i, k, byAddress)
 			}
 		}
-		if st := steerStats(t, s); st.Exceptions != 1 || st.Affinity != 4*flips {
+		if st := steerStats(t, s); st.Exceptions != 1 || !c.counted(st.Affinity, 4*flips) {
 			t.Errorf("counters %+v", st)
 		}
 		must(t, s.Move(a.Addr(), -1))
@@ -290,7 +298,7 @@ func TestSteerMove(t *testing.T) {
 		if k := c.lands(t, a); k != home {
 			t.Errorf("worker %d after all, want %d", k, home)
 		}
-		if st := steerStats(t, s); st.Exceptions != 0 || st.Hash != 1 || st.Capacity != defaultExceptions {
+		if st := steerStats(t, s); st.Exceptions != 0 || !c.counted(st.Hash, 1) || st.Capacity != defaultExceptions {
 			t.Errorf("counters %+v", st)
 		}
 	})
