@@ -7,6 +7,8 @@
 #define ETHERTYPE_IPV6 0x86dd
 #define ETHERTYPE_VLAN 0x8100 // IEEE 802.1Q
 #define ETHERTYPE_QINQ 0x88a8 // IEEE 802.1ad
+#define ETHER_TYPE_AT 12      // behind two addresses
+#define VLAN_TAG 4
 
 #define PROTO_HOP_BY_HOP 0 // RFC 8200 section 4
 #define PROTO_TCP 6

@@ -29,19 +29,21 @@ char _license[] SEC("license") = "Apache-2.0";
 // header. It returns the version, 0 for anything else.
 static __always_inline __u32 network(void *data, void *end, int raw, __u32 *at)
 {
-	__u16 *type = data + 12;
-
 	if (raw) {
 		__u8 *version = data;
 
 		*at = 0;
 		return (void *)(version + 1) > end ? 0 : *version >> 4;
 	}
-	for (int tags = 0; tags <= MAX_TAGS; tags++) {
+	// Offsets are counted: to subtract pointers takes CAP_PERFMON.
+#pragma unroll
+	for (__u32 tags = 0; tags <= MAX_TAGS; tags++) {
+		__u16 *type = data + ETHER_TYPE_AT + tags * VLAN_TAG;
+
 		if ((void *)(type + 1) > end)
 			return 0;
 		if (*type != bpf_htons(ETHERTYPE_VLAN) && *type != bpf_htons(ETHERTYPE_QINQ)) {
-			*at = (void *)(type + 1) - data;
+			*at = ETHER_TYPE_AT + tags * VLAN_TAG + sizeof(*type);
 			switch (*type) {
 			case bpf_htons(ETHERTYPE_IPV4):
 				return 4;
@@ -50,7 +52,6 @@ static __always_inline __u32 network(void *data, void *end, int raw, __u32 *at)
 			}
 			return 0;
 		}
-		type += 2;
 	}
 	return 0;
 }

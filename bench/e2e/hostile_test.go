@@ -491,12 +491,13 @@ func flip(token string) string {
 	return string(b)
 }
 
-// TestESPAttacks injects ESP packets: unknown SPIs, bad integrity, and a replay of a packet that was fine once.
+// TestESPAttacks injects ESP packets: unknown SPIs, bad integrity, and a replay of a packet that was fine once. There is no
+// guard in front, so that all of them reach the ESP backend; TestGuard has one.
 //
 // Peers: A4.12, B4.10, C2.14
 func TestESPAttacks(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "attack.pcap")
-	f := start(t, fixtureConfig{capture: file})
+	f := start(t, fixtureConfig{capture: file, daemon: lab.DaemonOptions{Guard: lab.GuardOptions{Mode: "off"}}})
 	ctx := timed(t)
 	p := f.newPair(ctx, t, func(c *ue.Config) { c.Offers, c.Quirks.LargeUDP = f.offers(1), true })
 	if status, err := p.a.Message(ctx, p.bURI, "once only"); err != nil || status != 200 {

@@ -225,8 +225,26 @@ func (c *Capture) take(b []byte, now time.Time) {
 		}
 	case ClassClear:
 		c.stats.Clear++
+		if f.transport == ims.TCP && len(f.payload) > 0 {
+			c.join(f)
+		}
 	case ClassOther:
 		c.stats.Other++
+	}
+}
+
+// joinable is how many messages back the first segment of one is looked for.
+const joinable = 256
+
+// join adds a segment to the message that it continues, the latest one between the same two ends. Segments that come twice or in another order are no matter in a test network.
+func (c *Capture) join(f frame) {
+	for i := len(c.clear) - 1; i >= max(0, len(c.clear)-joinable); i-- {
+		m := &c.clear[i]
+		if m.Transport == ims.TCP && m.Src == f.src && m.Dst == f.dst {
+			m.Payload = append(slices.Clip(m.Payload), f.payload...) // Clear has given the old one away
+			m.describe()
+			return
+		}
 	}
 }
 

@@ -188,6 +188,29 @@ func TestCaptureCounts(t *testing.T) {
 	}
 }
 
+// What a connection carries in several segments is one message: what a later one says counts as well.
+func TestCaptureJoinsSegments(t *testing.T) {
+	segment := func(src, dst string, sport, dport uint16, data string) []byte {
+		return packet(src, dst, protoTCP, 0, nil, tcp(sport, dport, data))
+	}
+	const ue, gm = "10.45.0.1", "10.0.0.5"
+	answered := strings.Replace(register, `response=""`, `response="0123456789abcdef"`, 1)
+	cut := strings.Index(answered, "Call-ID")
+	c := testCapture(
+		segment(ue, gm, 4000, 5060, answered[:cut]),
+		segment(ue, gm, 4001, 5060, "of another connection"),
+		segment(gm, ue, 5060, 4000, ""),
+		segment(ue, gm, 4000, 5060, answered[cut:]),
+	)
+	m := c.Clear()
+	if len(m) != 1 || string(m[0].Payload) != answered || m[0].CSeq != 1 || m[0].CallID != "c1" {
+		t.Fatalf("got %d messages, %+v", len(m), m)
+	}
+	if err := c.CheckClear(ClearRules{}); err == nil || !strings.Contains(err.Error(), "challenge response in clear") {
+		t.Errorf("the second segment was not looked at: %v", err)
+	}
+}
+
 // The last packets of phones are kept as they were, and can be sent again.
 func TestCaptureKeeps(t *testing.T) {
 	esp := func(src, dst string, fragment uint16, n byte) []byte {

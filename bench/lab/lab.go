@@ -192,6 +192,8 @@ func (l *Lab) build() error {
 			}
 		}
 	}
+	// Connections take the label of the SA that they came in on. Kernels that cannot leave it out.
+	_ = l.GM.Sysctl("ipv4.tcp_fwmark_accept", "1")
 	if err := l.UE.Veth(LinkUE, l.GM, LinkGm); err != nil {
 		return err
 	}

@@ -44,6 +44,8 @@ func observeFront(m *observe.Metrics, f *front.Front) {
 		func(s *front.Stats) float64 { return float64(s.DialErrors) })
 	single("handovers_total", "Messages handed from the worker that received them to the UE's.", observe.Counter,
 		func(s *front.Stats) float64 { return float64(s.Handovers) })
+	single("labelled_messages_total", "Messages whose UE context the kernel's ESP has told by its mark.", observe.Counter,
+		func(s *front.Stats) float64 { return float64(s.Labelled) })
 	single("tcp_strays_total", "TCP connections that came in at the socket of another worker than the UE's.", observe.Counter,
 		func(s *front.Stats) float64 { return float64(s.Strays) })
 	single("handler_panics_total", "Messages on which a handler panicked; the message was dropped.", observe.Counter,

@@ -259,7 +259,7 @@ func TestFaults(t *testing.T) {
 }
 
 // With another number of workers every UE goes to the worker that owns its address now, under a name that no other has;
-// the old name leads there.
+// the old name leads there. Labels stay, since the SAs bear them.
 func TestMoved(t *testing.T) {
 	w := newWorld(t, 40)
 	w.install(w.sets...)
@@ -270,6 +270,10 @@ func TestMoved(t *testing.T) {
 	if ues, _ := count(o); ues != 40 || o.Adopted != 40 || len(o.Moved) != 20 || o.Relocated != 20 {
 		t.Errorf("%d UEs, %d moved, %+v", ues, len(o.Moved), o.Adopted)
 	}
+	labels := make(map[uint64]uint32)
+	for i := range w.sets {
+		labels[w.sets[i].ID] = w.sets[i].Label
+	}
 	names := make(map[Name]netip.Addr)
 	for k, x := range o.Workers {
 		for _, u := range x.UEs {
@@ -279,8 +283,8 @@ func TestMoved(t *testing.T) {
 			}
 			names[n] = u.Addr
 			for _, s := range u.Sets {
-				if s.Worker != u.Worker || s.UE != u.Index {
-					t.Errorf("set %#x is of worker %d, UE %d", s.ID, s.Worker, s.UE)
+				if s.Worker != u.Worker || s.UE != u.Index || s.Label != labels[s.ID] {
+					t.Errorf("set %#x is of worker %d, UE %d, label %#x", s.ID, s.Worker, s.UE, s.Label)
 				}
 			}
 		}

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/netip"
 	"runtime"
@@ -219,9 +218,9 @@ func TestContention(t *testing.T) {
 			}
 			return len(all[0]) > 0 && len(all[1]) > 0
 		})
-		for stacks := range maps.Keys(all[0]) {
-			if !strings.Contains(stacks, "callMessage") {
-				t.Errorf("unexpected:\n%s", stacks)
+		for stack := range all[0] {
+			if !strings.Contains(stack, "callMessage") {
+				t.Errorf("unexpected:\n%s", stack)
 			}
 		}
 	})

@@ -269,7 +269,6 @@ func duplicates(lns []*net.TCPListener) (fds []int, err error) {
 		}
 		var fd int
 		var dup error
-		// Not ln.File: it gives the descriptor away by a file that makes the socket block.
 		err = rc.Control(func(s uintptr) { fd, dup = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 0) })
 		if err := errors.Join(err, os.NewSyscallError("fcntl", dup)); err != nil {
 			return fds, err

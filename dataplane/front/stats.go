@@ -112,6 +112,7 @@ type Stats struct {
 	ReadBatches uint64 // recvmmsg calls
 	SendBatches uint64 // sendmmsg calls
 	Handovers   uint64 // messages taken over from another worker
+	Labelled    uint64 // messages that came with a label of the ESP backend
 	Pings       uint64 // CRLF CRLF answered on connections, those that came together count as one
 	Panics      uint64 // panics recovered in handlers
 
@@ -151,6 +152,7 @@ func (s *Stats) add(o *Stats) {
 	s.ReadBatches += o.ReadBatches
 	s.SendBatches += o.SendBatches
 	s.Handovers += o.Handovers
+	s.Labelled += o.Labelled
 	s.Pings += o.Pings
 	s.Panics += o.Panics
 	s.Accepted += o.Accepted

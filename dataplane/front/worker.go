@@ -277,6 +277,9 @@ func (w *Worker) guard() {
 func (w *Worker) message(f ims.Flow, msg []byte) {
 	panics := w.st.Panics
 	w.st.sides[f.Side].MessagesIn++
+	if f.Label != 0 {
+		w.st.Labelled++
+	}
 	w.callMessage(f, msg)
 	w.st.drops[DropPanic] += w.st.Panics - panics
 }

@@ -109,15 +109,17 @@ func (g *Guard) Pinned() string {
 }
 
 // update brings the hooks in line with the interfaces that there are now.
-func (g *Guard) update() error {
-	ns, err := hostnet.Current()
-	if err != nil {
-		return err
-	}
-	defer ns.Close() //nolint:errcheck // a handle only
+func (g *Guard) update() error { return inside(g.cfg.NS, g.updateIn) }
+
+func (g *Guard) updateIn(ns *hostnet.NS) error {
 	links, err := ns.Links()
 	if err != nil {
 		return err
+	}
+	for _, h := range g.hooks {
+		if h.kind != HookNone && !slices.ContainsFunc(links, func(l hostnet.Link) bool { return l.Index == h.index }) {
+			h.reset("the interface has gone", nil)
+		}
 	}
 	names, err := g.interfaces(links)
 	if err != nil {
@@ -224,6 +226,9 @@ func (g *Guard) attach(ns *hostnet.NS, h *hook, l hostnet.Link) error {
 // candidates are the hooks that the mode allows, the best one first. Generic XDP cannot do all where the kernel's ESP may have
 // decrypted before it, and every kernel that has it has tc as well.
 func (g *Guard) candidates() []HookKind {
+	if g.cfg.hooks != nil {
+		return g.cfg.hooks
+	}
 	switch g.cfg.Mode {
 	case Native:
 		return []HookKind{HookNative}
@@ -242,7 +247,7 @@ func (g *Guard) candidates() []HookKind {
 func reasonOf(m Mode, kind HookKind, tried []string) string {
 	switch {
 	case len(tried) > 0:
-		return "auto: " + strings.Join(tried, "; ")
+		return string(m) + ": " + strings.Join(tried, "; ")
 	case m != Auto:
 		return "configured"
 	case kind == HookNative:
@@ -280,8 +285,10 @@ func (g *Guard) attachAs(ns *hostnet.NS, h *hook, l hostnet.Link, kind HookKind)
 	p := g.program(kind, l.Ethernet)
 	switch kind {
 	case HookNative:
+		g.yield(l.Name, HookGeneric)
 		h.link, err = link.AttachXDP(link.XDPOptions{Program: p, Interface: l.Index, Flags: link.XDPDriverMode})
 	case HookGeneric:
+		g.yield(l.Name, HookNative)
 		h.link, err = link.AttachXDP(link.XDPOptions{Program: p, Interface: l.Index, Flags: link.XDPGenericMode})
 	case HookTCX:
 		h.link, err = link.AttachTCX(link.TCXOptions{Program: p, Interface: l.Index, Attach: ebpf.AttachTCXIngress})
@@ -301,7 +308,9 @@ func (g *Guard) attachAs(ns *hostnet.NS, h *hook, l hostnet.Link, kind HookKind)
 	if g.dir == nil {
 		return nil
 	}
-	if err := h.link.Pin(g.dir.file(linkPin(l.Name, kind))); err != nil {
+	file := g.dir.file(linkPin(l.Name, kind))
+	_ = os.Remove(file) // no link of ours, or reuse had taken it
+	if err := h.link.Pin(file); err != nil {
 		e := h.link.Close()
 		h.link = nil
 		return errors.Join(err, e)
@@ -331,6 +340,14 @@ func (g *Guard) reuse(h *hook, l hostnet.Link) bool {
 		_ = errors.Join(k.Unpin(), k.Close()) // of an interface that is gone
 	}
 	return false
+}
+
+// yield takes the XDP program off that a run with another configuration has left in the other form: an interface takes one
+// form at a time. There is no guard until the new one is attached.
+func (g *Guard) yield(name string, other HookKind) {
+	if g.dir != nil {
+		_ = g.dir.remove(linkPin(name, other)) // where there is one
+	}
 }
 
 // linkIndex returns the interface that a link is attached to; 0 when that is gone.
@@ -379,19 +396,24 @@ func (g *Guard) dropStale() {
 		switch {
 		case i >= 0:
 		case strings.HasPrefix(n, linkPrefix):
-			_ = os.Remove(g.dir.file(n))
+			_ = g.dir.remove(n)
 		case strings.HasPrefix(n, filterPrefix):
 			filters = append(filters, n)
 			_ = os.Remove(g.dir.file(n))
 		}
 	}
-	if err := removeFilters(g.dir.path, filters); err != nil {
+	if err := removeFilters(g.cfg.NS, g.dir.path, filters); err != nil {
 		g.log.Warn("filters of an earlier run are left", slog.Any("error", err))
 	}
 }
 
 // filterOf is our filter on an interface. Instances differ in name and priority.
-func (g *Guard) filterOf(name string) hostnet.Filter { return filterAt(g.cfg.Pin, name) }
+func (g *Guard) filterOf(name string) hostnet.Filter {
+	if g.cfg.trial {
+		return filterAt("trial", name)
+	}
+	return filterAt(g.cfg.Pin, name)
+}
 
 func filterAt(pin, name string) hostnet.Filter {
 	h := fnv.New32a()
@@ -402,45 +424,39 @@ func filterAt(pin, name string) hostnet.Filter {
 }
 
 // removeFilters takes the filters off that these pins stand for.
-func removeFilters(pin string, names []string) error {
-	ns, err := hostnet.Current()
-	if err != nil {
-		return err
-	}
-	defer ns.Close() //nolint:errcheck // a handle only
-	var errs []error
-	for _, n := range names {
-		if name, ok := strings.CutPrefix(n, filterPrefix); ok {
-			errs = append(errs, filterAt(pin, unescape(name)).Remove(ns))
+func removeFilters(ns *hostnet.NS, pin string, names []string) error {
+	return inside(ns, func(ns *hostnet.NS) error {
+		var errs []error
+		for _, n := range names {
+			if name, ok := strings.CutPrefix(n, filterPrefix); ok {
+				errs = append(errs, filterAt(pin, unescape(name)).Remove(ns))
+			}
 		}
-	}
-	return errors.Join(errs...)
+		return errors.Join(errs...)
+	})
 }
 
 // detachAll takes everything off the interfaces.
 func (g *Guard) detachAll() error {
 	var errs []error
 	for _, h := range g.hooks {
-		errs = append(errs, h.detach())
+		errs = append(errs, h.detach(g.cfg.NS))
 		h.reset("detached", nil)
 	}
 	return errors.Join(errs...)
 }
 
 // detach takes the program off the interface, and the pin with it.
-func (h *hook) detach() error {
+func (h *hook) detach(ns *hostnet.NS) error {
 	var errs []error
 	if h.link != nil {
+		_ = h.link.Detach() // at once; of an interface that has gone it fails
 		if err := h.link.Unpin(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
 	if h.filter != nil {
-		ns, err := hostnet.Current()
-		if err != nil {
-			return errors.Join(append(errs, err)...)
-		}
-		errs = append(errs, h.filter.Remove(ns), ns.Close())
+		errs = append(errs, inside(ns, h.filter.Remove))
 	}
 	return errors.Join(errs...)
 }
@@ -466,7 +482,7 @@ func Choose(cfg Config) ([]Hook, error) {
 	if hooks := Attached(cfg.Pin); len(hooks) > 0 {
 		return hooks, nil
 	}
-	cfg.Pin = ""
+	cfg.Pin, cfg.trial = "", true
 	cfg.SAs, cfg.UEs, cfg.Sources = 2, 1, 1
 	g, err := Open(cfg)
 	if err != nil {

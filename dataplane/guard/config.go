@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/gmgate/gmgate/dataplane/hostnet"
 )
 
 // Mode says which hooks may be taken.
@@ -25,6 +27,8 @@ const (
 type Config struct {
 	Mode       Mode     // default Auto. With another one Attach fails where the hook cannot be had
 	Interfaces []string // default: those that have the addresses in Local
+
+	NS *hostnet.NS // where the interfaces are, open as long as the guard; nil: the namespace of the process
 
 	Local     []netip.Addr // Gm addresses, at most 16
 	ClearPort uint16       // unprotected port
@@ -47,6 +51,10 @@ type Config struct {
 
 	Pin    string // directory below a bpffs; empty: nothing outlives the process
 	Logger *slog.Logger
+
+	// Tests and Choose only.
+	hooks []HookKind // in place of those that the mode allows
+	trial bool       // its filters are told from those of a guard that is not pinned
 }
 
 // Implementation constants.
@@ -93,6 +101,19 @@ func (c *Config) complete() error {
 		}
 	}
 	return nil
+}
+
+// inside runs f in the namespace of the interfaces: their numbers mean something there only.
+func inside(ns *hostnet.NS, f func(*hostnet.NS) error) error {
+	if ns != nil {
+		return ns.Do(func() error { return f(ns) })
+	}
+	ns, err := hostnet.Current()
+	if err != nil {
+		return err
+	}
+	defer ns.Close() //nolint:errcheck // a handle only
+	return f(ns)
 }
 
 // lanes returns how many counters each UE has, a power of two, and whether every CPU has one of its own.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gmgate/gmgate/bpf"
+	"github.com/gmgate/gmgate/dataplane/hostnet"
 )
 
 // Guard is a loaded guard. Make it with Open.
@@ -89,6 +89,9 @@ func (g *Guard) load() error {
 			spec.Maps[name].Pinning = ebpf.PinByName
 		}
 		opts.Maps.PinPath = g.dir.path
+		if err := g.dir.sweep(spec); err != nil {
+			return classify(err)
+		}
 	}
 	for {
 		err = spec.LoadAndAssign(&g.objs, opts)
@@ -242,26 +245,32 @@ func (g *Guard) watch(ctx context.Context) {
 
 // Unload removes what a guard has left in a pin directory: programs and links go with the last pin. It reports false if
 // there was nothing, and fails with ErrLocked while a process uses it. Filters of tc are taken off the interfaces that the
-// directory names.
-func Unload(pin string, log *slog.Logger) (found bool, err error) {
-	if _, err := os.Stat(pin); errors.Is(err, fs.ErrNotExist) {
+// directory names. A directory that is not on a bpffs has nothing of a guard, and is left alone.
+func Unload(pin string, log *slog.Logger) (found bool, err error) { return UnloadIn(nil, pin, log) }
+
+// UnloadIn is Unload for interfaces of another namespace than the process's.
+func UnloadIn(ns *hostnet.NS, pin string, log *slog.Logger) (found bool, err error) {
+	if !isBPFFS(pin) {
 		return false, nil
 	}
 	d, err := openPinDir(pin, log)
 	if err != nil {
 		return false, fmt.Errorf("unload guard: %w", err)
 	}
+	if d == nil {
+		return false, fmt.Errorf("unload guard: %s cannot be used", pin)
+	}
 	names, err := d.names()
 	found = len(names) > 0
-	if err = errors.Join(err, removeFilters(pin, names), d.clear(), d.close()); err != nil {
+	if err = errors.Join(err, removeFilters(ns, pin, names), d.clear(), d.close()); err != nil {
 		return found, fmt.Errorf("unload guard: %w", err)
 	}
 	return found, nil
 }
 
-// Pinned returns what is pinned in a directory, in order; nothing where there is none.
+// Pinned returns what is pinned in a directory, in order; nothing where there is none, or none on a bpffs.
 func Pinned(pin string) []string {
-	if pin == "" {
+	if !isBPFFS(pin) {
 		return nil
 	}
 	entries, err := os.ReadDir(pin)

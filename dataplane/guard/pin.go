@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
@@ -78,10 +79,40 @@ func (d *pinDir) names() ([]string, error) {
 	return names, err
 }
 
+// sweep removes what has the name of a pinned map and is no map.
+func (d *pinDir) sweep(spec *ebpf.CollectionSpec) error {
+	for name, m := range spec.Maps {
+		if m.Pinning != ebpf.PinByName {
+			continue
+		}
+		file := d.file(name)
+		info, err := os.Lstat(file)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		p, err := ebpf.LoadPinnedMap(file, nil)
+		if err == nil {
+			err = p.Close()
+		} else if info.IsDir() || !errors.Is(err, fs.ErrPermission) { // of a folder the kernel says the latter as well
+			err = os.Remove(file)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // removeMaps removes the pinned maps of a collection, and reports whether there were any.
 func (d *pinDir) removeMaps(spec *ebpf.CollectionSpec) (removed bool, err error) {
 	var errs []error
-	for name := range spec.Maps {
+	for name, m := range spec.Maps {
+		if m.Pinning != ebpf.PinByName {
+			continue
+		}
 		switch err := os.Remove(d.file(name)); {
 		case err == nil:
 			removed = true
@@ -92,14 +123,25 @@ func (d *pinDir) removeMaps(spec *ebpf.CollectionSpec) (removed bool, err error)
 	return removed, errors.Join(errs...)
 }
 
+// remove removes what is pinned. A link comes off its interface at once, not when the kernel gets round to it.
+func (d *pinDir) remove(name string) error {
+	if strings.HasPrefix(name, linkPrefix) {
+		if k, err := link.LoadPinnedLink(d.file(name), nil); err == nil {
+			_ = errors.Join(k.Detach(), k.Close()) // its interface may have gone
+		}
+	}
+	return os.Remove(d.file(name))
+}
+
 // clear removes everything, and the directory.
 func (d *pinDir) clear() error {
 	names, err := d.names()
 	errs := []error{err}
 	for _, n := range names {
-		errs = append(errs, os.Remove(d.file(n)))
+		errs = append(errs, d.remove(n))
 	}
-	if err := os.Remove(d.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	// Where root has made the directory for us, it stays.
+	if err := os.Remove(d.path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

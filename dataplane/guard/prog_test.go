@@ -3,6 +3,7 @@ package guard
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
 
 	"github.com/gmgate/gmgate/bpf"
 	"github.com/gmgate/gmgate/control/ims"
@@ -36,7 +38,9 @@ type ward struct {
 	programs []program
 	model    *model
 	seen     [reasons]Tally
-	lane     []bpf.GuardTally
+	reasons  []uint32         // keys of the counters
+	lane     []bpf.GuardTally // of each CPU
+	cpus     int
 }
 
 // program is one of the four.
@@ -60,7 +64,11 @@ func testConfig() Config {
 func newWard(t testing.TB, cfg Config) *ward {
 	t.Helper()
 	g := openGuard(t, cfg)
-	w := &ward{Guard: g, model: newModel(&g.cfg)}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &ward{Guard: g, model: newModel(&g.cfg), cpus: cpus, reasons: make([]uint32, reasons), lane: make([]bpf.GuardTally, int(reasons)*cpus)}
 	w.programs = []program{
 		{name: "xdp", prog: g.objs.GuardXdp, pass: 2, drop: 1},
 		{name: "xdp raw", prog: g.objs.GuardXdpRaw, raw: true, pass: 2, drop: 1},
@@ -89,13 +97,14 @@ func newWard(t testing.TB, cfg Config) *ward {
 }
 
 // tallies reads the counters.
-func (w *ward) tallies(t testing.TB) (sum [reasons]Tally) {
+func (w *ward) tallies(t rapid.TB) (sum [reasons]Tally) {
 	t.Helper()
-	for r := range reasons {
-		if err := w.objs.Tallies.Lookup(uint32(r), &w.lane); err != nil {
-			t.Fatal(err)
-		}
-		for _, v := range w.lane {
+	var cursor ebpf.MapBatchCursor
+	if n, err := w.objs.Tallies.BatchLookup(&cursor, w.reasons, w.lane, nil); n != int(reasons) || err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Fatalf("%d counters: %v", n, err)
+	}
+	for i, r := range w.reasons {
+		for _, v := range w.lane[i*w.cpus : (i+1)*w.cpus] {
 			sum[r].Packets += v.Packets
 			sum[r].Bytes += v.Bytes
 		}
@@ -762,7 +771,7 @@ func TestSamples(t *testing.T) {
 	// again lets this CPU sample once more.
 	again := func() {
 		t.Helper()
-		if err := w.objs.Sampled.Put(uint32(0), make([]uint64, len(w.lane))); err != nil {
+		if err := w.objs.Sampled.Put(uint32(0), make([]uint64, w.cpus)); err != nil {
 			t.Fatal(err)
 		}
 	}

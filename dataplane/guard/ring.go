@@ -16,6 +16,7 @@ import (
 
 	"github.com/gmgate/gmgate/bpf"
 	"github.com/gmgate/gmgate/control/ims"
+	"github.com/gmgate/gmgate/dataplane/hostnet"
 )
 
 // Drop is a packet that the guard has dropped.
@@ -133,10 +134,15 @@ func (g *Guard) interfaceName(index int) string {
 			return h.name
 		}
 	}
-	if i, err := net.InterfaceByIndex(index); err == nil {
-		return i.Name
-	}
-	return strconv.Itoa(index)
+	name := strconv.Itoa(index)
+	_ = inside(g.cfg.NS, func(*hostnet.NS) error { // its number has to do
+		i, err := net.InterfaceByIndex(index)
+		if err == nil {
+			name = i.Name
+		}
+		return err
+	})
+	return name
 }
 
 // followers are those who want to see drops.

@@ -92,7 +92,7 @@ func (s *Steering) attach(local netip.AddrPort, t ims.Transport, fds []int) erro
 		number = uint32(len(s.groups)) //nolint:gosec // bounded by limit
 	}
 	for k, fd := range fds {
-		if err := s.objs.Sockets.Put(number*uint32(s.workers)+uint32(k), uint64(fd)); err != nil { //nolint:gosec // small
+		if err := s.put(number*uint32(s.workers)+uint32(k), fd); err != nil { //nolint:gosec // small
 			return fmt.Errorf("socket of worker %d: %w", k, err)
 		}
 	}
@@ -104,6 +104,19 @@ func (s *Steering) attach(local netip.AddrPort, t ims.Transport, fds []int) erro
 	}
 	return os.NewSyscallError("setsockopt",
 		unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_EBPF, s.objs.Steer.FD()))
+}
+
+// put makes a socket the one of a place. The kernel refuses one that has it already.
+func (s *Steering) put(place uint32, fd int) error {
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+	if err != nil {
+		return os.NewSyscallError("getsockopt", err)
+	}
+	var there uint64
+	if err := s.objs.Sockets.Lookup(place, &there); err == nil && there == cookie {
+		return nil
+	}
+	return s.objs.Sockets.Put(place, uint64(fd)) //nolint:gosec // a descriptor
 }
 
 // Move makes new packets from an address go to a worker; a negative one gives the address back to the hash. Connections

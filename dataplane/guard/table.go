@@ -269,7 +269,7 @@ func (t *table) sync(sets []sa.Params, foreign []bpf.GuardSaKey) error {
 			stale = append(stale, k)
 			continue
 		}
-		if p != nil && int(v.Slot) < len(t.counters)/t.lanes {
+		if p != nil && v.Source == guardAddress(p.UE) && int(v.Slot) < len(t.counters)/t.lanes {
 			used[p.Label] = v.Slot
 		}
 	}
@@ -378,13 +378,23 @@ func (t *table) fill() (sas, ues int) {
 	return t.entries, len(t.slots)
 }
 
+// origin is one moment on both clocks. Go's monotonic clock is CLOCK_MONOTONIC, but only differences can be had of it; with
+// them a time is found without the system call that package unix makes for each.
+var origin = sync.OnceValue(func() (o struct {
+	at   time.Time
+	mono int64
+}) {
+	var ts unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) == nil { // there is no Linux without
+		o.at, o.mono = time.Now(), ts.Nano()
+	}
+	return o
+})
+
 // wall turns a time of CLOCK_MONOTONIC into one of the wall clock.
 func wall(mono uint64) time.Time {
-	var ts unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) != nil {
-		return time.Time{}
-	}
-	return time.Now().Add(time.Duration(int64(mono) - ts.Nano())) //nolint:gosec // the clock counts from the boot
+	o, now := origin(), time.Now()
+	return now.Add(time.Duration(int64(mono)-o.mono) - now.Sub(o.at)) //nolint:gosec // the clock counts from the boot
 }
 
 // Add lets packets pass on the inbound SAs of a set that has just been installed. The error matches ErrFull when there is

@@ -147,8 +147,15 @@ func (n *NS) Delete() error {
 
 // with runs f with a netlink socket inside the namespace.
 func (n *NS) with(f func(*netlink.Handle) error) error {
+	at := n.handle
+	if here, err := netns.Get(); err == nil {
+		if here.Equal(n.handle) {
+			at = netns.None() // to enter it takes CAP_SYS_ADMIN, even from inside
+		}
+		_ = here.Close() // a handle only
+	}
 	// Route netlink only: a kernel without XFRM or netfilter must do.
-	h, err := netlink.NewHandleAt(n.handle, unix.NETLINK_ROUTE)
+	h, err := netlink.NewHandleAt(at, unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("open netlink in %s: %w", n, err)
 	}

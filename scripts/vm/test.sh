@@ -10,7 +10,7 @@ set -euo pipefail
 
 # Packages whose tests run in the guest, and programs that lie beside them there: the end-to-end tests find the daemon by
 # GMGATE_BINARY.
-packages=(dataplane/xfrm bench/ue bench/e2e cmd/gmgate)
+packages=(dataplane/guard dataplane/xfrm bench/ue bench/e2e cmd/gmgate)
 programs=(cmd/gmgate)
 # Runs of a package with other settings than the one and only: PACKAGE|VARIABLES|TEST-FLAGS. A package that is listed
 # here runs once for each of its lines, with those of its tests that the ESP below makes a difference to: the processor is

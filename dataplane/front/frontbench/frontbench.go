@@ -325,7 +325,7 @@ func Front(name string, side ims.Side, newHandler func(sink netip.AddrPort) fron
 func Workers(name string, n int, side ims.Side, newHandler func(sink netip.AddrPort) front.Handler) Design {
 	return Design{Name: name, Start: func(tb testing.TB, sink netip.AddrPort) (netip.AddrPort, func()) {
 		tb.Helper()
-		var handlers []front.Handler
+		handlers := make([]front.Handler, 0, n)
 		for range n {
 			handlers = append(handlers, newHandler(sink))
 		}
