@@ -199,7 +199,12 @@ store:
 esp:
   backend: userspace
 guard:
+  pin: "/sys/fs/bpf/gmgate-labs/x-1-gm"
+  max_sas: 16384
+  max_ues: 4096
+  sources: 16384
   mode: generic
+  register_rate: 100000
   register_burst: 8
 metrics:
   listen: "127.0.0.1:9464"

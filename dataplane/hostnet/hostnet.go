@@ -27,10 +27,20 @@ type NS struct {
 	handle netns.NsHandle
 }
 
-// Current returns the namespace of the process.
+// Current returns the namespace of the process, also when it is called inside another one.
 func Current() (*NS, error) {
-	h, err := netns.GetFromPath("/proc/self/ns/net")
-	if err != nil {
+	// /proc/self is the process's first thread. A thread that Do took into a namespace ends with it, but that one cannot end
+	// and stays there for ever. A new goroutine runs on a thread that never left.
+	var h netns.NsHandle
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		var err error
+		h, err = netns.GetFromPath("/proc/thread-self/ns/net")
+		done <- err
+	}()
+	if err := <-done; err != nil {
 		return nil, fmt.Errorf("open the process's network namespace: %w", err)
 	}
 	return &NS{handle: h}, nil
