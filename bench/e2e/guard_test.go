@@ -32,7 +32,9 @@ func startGuarded(t *testing.T, cfg fixtureConfig) *guarded {
 		skipOrFail(t, "this gmgate has no guard: %v", err)
 	}
 	cfg.clear = attackRules()
-	g := &guarded{fixture: start(t, cfg), ctx: timed(t)}
+	ctx, cancel := context.WithTimeout(t.Context(), loadTimeout)
+	t.Cleanup(cancel)
+	g := &guarded{fixture: start(t, cfg), ctx: ctx}
 	if g.metric(g.ctx, t, "guard_info") == 0 {
 		skipOrFail(t, "the guard is not on: /metrics has no gmgate_guard_info\n%s", g.daemon.Tail(5))
 	}
