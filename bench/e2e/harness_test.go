@@ -160,7 +160,11 @@ func start(t *testing.T, cfg fixtureConfig) *fixture {
 		skipOrFail(t, "userspace ESP needs /dev/net/tun: %v", err)
 	}
 	bin := binary(t)
-	ctx, cancel := context.WithTimeout(t.Context(), caseTimeout)
+	limit := caseTimeout
+	if slowMachine() { // the kernel takes its time to verify the guard
+		limit = loadTimeout
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	f := &fixture{ipv6: cfg.ipv6}
 	check := func(err error) {
