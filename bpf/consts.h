@@ -38,7 +38,9 @@
 #define MAX_EXTENSIONS 6  // IPv6 extension headers of a packet, more than anybody needs
 #define MAX_EXTENSIONS_AT 4096 // octets from the beginning of the frame
 #define MAX_LINK_HEADER 64	// octets before the IP packet
+#define LINK_HEADER_MASK 127
 #define MAX_PAYLOAD_AT 8191	// octets before its payload
+#define PAYLOAD_AT_MASK 8191
 #define TC_PULL 192	  // octets that are made linear before the tc program looks
 #define NO_SLOT 0xffffffffu // of an SA that is nobody's of ours
 

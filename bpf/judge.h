@@ -13,10 +13,9 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 	if (!p || at > MAX_LINK_HEADER)
 		return PASS_OTHER;
 	if (version == 4) {
-		struct ipv4 *ip = data + at;
+		struct ipv4 *ip = inside(data, at, LINK_HEADER_MASK);
 		__u16 offset;
 
-		one(ip);
 		if ((void *)(ip + 1) > end)
 			return PASS_OTHER; // the kernel knows as little whose it is
 		p->source = mapped(ip->source);
@@ -36,9 +35,8 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 		p->left = p->bytes - header;
 		return GO_ON;
 	} else {
-		struct ipv6 *ip = data + at;
+		struct ipv6 *ip = inside(data, at, LINK_HEADER_MASK);
 
-		one(ip);
 		if ((void *)(ip + 1) > end)
 			return PASS_OTHER;
 		p->source = ip->source;
@@ -62,8 +60,7 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 			return DROP_EXT_HEADERS;
 		if (left < sizeof(*x))
 			return DROP_MALFORMED;
-		x = data + at;
-		one(x);
+		x = inside(data, at, PAYLOAD_AT_MASK);
 		if ((void *)(x + 1) > end)
 			return DROP_EXT_HEADERS;
 		here = *x;
@@ -98,8 +95,7 @@ __noinline int NAME(judge)(CONTEXT *ctx, struct packet *p)
 
 	if (!p || p->at > MAX_PAYLOAD_AT)
 		return DROP_EXT_HEADERS;
-	l.data = (void *)(long)ctx->data + p->at;
-	one(l.data);
+	l.data = inside((void *)(long)ctx->data, p->at, PAYLOAD_AT_MASK);
 	switch (p->protocol) {
 	case PROTO_ESP:
 		return judge_esp(p, &l, l.data, p->left, PASS_ESP);

@@ -66,6 +66,19 @@ static __always_inline int is_extension(__u8 protocol)
 // one keeps the compiler from computing a pointer anew where the verifier has not seen it checked.
 #define one(pointer) asm volatile("" : "+r"(pointer))
 
+// inside returns a pointer to an offset that has been checked. The mask, which is beyond all that the check lets through,
+// tells verifiers that have lost sight of it: where the compiler compares a copy of what it has stored, Linux 6.1 does not
+// see what that says about the other one.
+#define inside(data, offset, mask)                                    \
+	({                                                            \
+		__u64 distance = (offset);                            \
+		void *place = (data);                                 \
+		asm volatile("%0 &= %1" : "+r"(distance) : "i"(mask)); \
+		place += distance;                                    \
+		one(place);                                           \
+		place;                                                \
+	})
+
 static __always_inline struct address mapped(__u32 v4)
 {
 	struct address a = {.word = {0, 0, bpf_htonl(0xffff), v4}};
