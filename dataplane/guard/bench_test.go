@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/sa"
@@ -146,7 +147,7 @@ func BenchmarkFill(b *testing.B) {
 	cfg.SAs, cfg.UEs = 1<<19, benchmarkEntries/2
 	g := openGuard(b, cfg)
 	n := uint32(0)
-	start := time.Now()
+	start := processorTime(b)
 	for b.Loop() {
 		phone, local := benchmarkPhone(n)
 		s := setOf(uint64(n)+1, n+1, local, phone, ims.SPI(benchmarkSPI(n)))
@@ -161,7 +162,16 @@ func BenchmarkFill(b *testing.B) {
 			}
 		}
 	}
-	b.ReportMetric(float64(time.Since(start).Nanoseconds())/float64(2*b.N), "ns/entry")
+	b.ReportMetric(float64((processorTime(b)-start).Nanoseconds())/float64(2*b.N), "cpu-ns/entry")
+}
+
+// processorTime is what the process has had of the CPUs, which other programs do not change as much as they change the time.
+func processorTime(b *testing.B) time.Duration {
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
 // BenchmarkTraffic reads the counters of a UE context, as workers and metrics do.
