@@ -34,6 +34,10 @@
 #define TCP_HEADER 20
 #define UDP_HEADER 8
 
+// in_order keeps what is written to the stack before it before what is written behind it. Without CAP_PERFMON Linux 6.1
+// takes the second half of a word and then the first one, but not the other way round.
+#define in_order() asm volatile("" ::: "memory")
+
 // Implementation constants.
 #define MAX_LOCAL 16	  // Gm addresses of one instance
 #define MAX_TAGS 2	  // VLAN tags, the second for a provider's bridge

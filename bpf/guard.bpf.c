@@ -74,10 +74,12 @@ static __always_inline int settle(struct packet *p, int reason)
 
 static __always_inline int xdp(struct xdp_md *ctx, int raw)
 {
-	struct packet p = {.length = bpf_xdp_get_buff_len(ctx), .interface = ctx->ingress_ifindex};
+	struct packet p = {.interface = ctx->ingress_ifindex};
 	__u32 at = 0, version = network((void *)(long)ctx->data, (void *)(long)ctx->data_end, raw, &at);
 	int reason = PASS_OTHER;
 
+	in_order();
+	p.length = bpf_xdp_get_buff_len(ctx);
 	if (version == 4 || version == 6) {
 		reason = locate_xdp(ctx, &p, at, version);
 		if (reason == GO_ON)
@@ -100,10 +102,12 @@ int guard_xdp_raw(struct xdp_md *ctx)
 
 static __always_inline int tc(struct __sk_buff *skb, int raw)
 {
-	struct packet p = {.length = skb->len, .interface = skb->ifindex};
+	struct packet p = {.interface = skb->ifindex};
 	__u32 at = 0, version;
 	int reason = PASS_OTHER;
 
+	in_order();
+	p.length = skb->len;
 	if ((void *)(long)skb->data + TC_PULL > (void *)(long)skb->data_end)
 		bpf_skb_pull_data(skb, skb->len < TC_PULL ? skb->len : TC_PULL); // a failure leaves less to read
 	version = network((void *)(long)skb->data, (void *)(long)skb->data_end, raw, &at);

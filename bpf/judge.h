@@ -9,9 +9,10 @@
 
 // locate finds where the payload of the IP packet at an offset begins, and whether it is for us. Nothing is judged before
 // that is known.
-__noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 version)
+__noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 begin, __u32 version)
 {
-	__u32 left, header;
+	// 64 bits wide: without CAP_PERFMON Linux 6.1 lets nobody write half a word of the stack twice, as the compiler would.
+	__u64 left, header, at = begin;
 
 	if (!p || at > MAX_LINK_HEADER)
 		return PASS_OTHER;
@@ -63,7 +64,7 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 			return DROP_EXT_HEADERS;
 		if (left < sizeof(here) || LOAD(ctx, at, &here, sizeof(here)))
 			return DROP_MALFORMED;
-		header = ((__u32)here.length + 1) * 8;
+		header = ((__u64)here.length + 1) * 8;
 		if (p->protocol == PROTO_FRAGMENT) {
 			header = sizeof(here);
 			if (bpf_ntohs(here.offset) & IPV6_OFFSET) {
@@ -72,7 +73,7 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 at, __u32 vers
 			}
 			p->fragment |= bpf_ntohs(here.offset) & 1; // of a second one as well: neither hides the other
 		} else if (p->protocol == PROTO_AH) {
-			header = ((__u32)here.length + 2) * 4; // RFC 4302 section 2.2
+			header = ((__u64)here.length + 2) * 4; // RFC 4302 section 2.2
 		}
 		if (left < header)
 			return DROP_MALFORMED;

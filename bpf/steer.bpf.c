@@ -92,10 +92,12 @@ int steer(struct sk_reuseport_md *md)
 
 		if (bpf_skb_load_bytes_relative(md, IPV4_SOURCE_AT, ends, sizeof(ends), BPF_HDR_START_NET))
 			goto kernel;
-		f.source.word[2] = bpf_htonl(0xffff);
 		f.source.word[3] = ends[0];
-		group.local.word[2] = bpf_htonl(0xffff);
+		in_order();
+		f.source.word[2] = bpf_htonl(0xffff);
 		group.local.word[3] = ends[1];
+		in_order();
+		group.local.word[2] = bpf_htonl(0xffff);
 		owner = bpf_ntohl(ends[0]);
 	} else {
 		struct address ends[2];

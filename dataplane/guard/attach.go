@@ -337,7 +337,7 @@ func (g *Guard) reuse(h *hook, l hostnet.Link) bool {
 			h.link, h.index, h.kind, h.err, h.reason = k, l.Index, kind, nil, "in place of the run before"
 			return true
 		}
-		_ = errors.Join(k.Unpin(), k.Close()) // of an interface that is gone
+		_ = errors.Join(k.Detach(), k.Unpin(), k.Close()) // of an interface that is gone
 	}
 	return false
 }
