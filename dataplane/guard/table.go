@@ -109,12 +109,12 @@ func (t *table) add(p *sa.Params, flags uint32) error {
 		t.take(s.label)
 	}
 	v := bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: t.slots[s.label].slot, Flags: flags}
-	written := keys[:0]
-	for _, k := range keys {
-		wrote, err := t.put(k, &v)
-		if err != nil {
-			for _, k := range written {
-				if t.sas.Delete(k) == nil {
+	var written [len(keys)]bool
+	for i := range keys {
+		var err error
+		if written[i], err = t.put(&keys[i], &v); err != nil {
+			for j := range i {
+				if written[j] && t.sas.Delete(&keys[j]) == nil {
 					t.entries--
 				}
 			}
@@ -123,17 +123,14 @@ func (t *table) add(p *sa.Params, flags uint32) error {
 			}
 			return t.full(err)
 		}
-		if wrote {
-			written = append(written, k)
-		}
 	}
 	t.sets[p.ID] = s
 	return nil
 }
 
 // put writes the entry of an SA. One that is there of the same set, which was installed again, stays; one of another set
-// was left behind.
-func (t *table) put(k bpf.GuardSaKey, v *bpf.GuardSaValue) (wrote bool, err error) {
+// was left behind. Of pointers the library makes no copies.
+func (t *table) put(k *bpf.GuardSaKey, v *bpf.GuardSaValue) (wrote bool, err error) {
 	err = t.sas.Update(k, v, ebpf.UpdateNoExist)
 	if err == nil {
 		t.entries++
@@ -227,8 +224,9 @@ func (t *table) remove(p *sa.Params) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var errs []error
-	for _, k := range keys {
-		var v bpf.GuardSaValue
+	var v bpf.GuardSaValue
+	for i := range keys {
+		k := &keys[i]
 		err := t.sas.Lookup(k, &v)
 		if err == nil && v.Set == p.ID {
 			if err = t.sas.Delete(k); err == nil {
@@ -308,7 +306,7 @@ func (t *table) sync(sets []sa.Params, foreign []bpf.GuardSaKey) error {
 		if p != nil {
 			v = bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: t.slots[t.sets[p.ID].label].slot}
 		}
-		if err := t.sas.Put(k, &v); err != nil {
+		if err := t.sas.Put(&k, &v); err != nil {
 			return fmt.Errorf("fill the map of SPIs: %w", t.full(err))
 		}
 	}
