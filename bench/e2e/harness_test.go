@@ -56,7 +56,7 @@ func slowMachine() bool { return os.Getenv(envSlow) == "1" }
 func backend() string { return setting(envBackend, "userspace") }
 
 // skipOrFail ends a test whose surroundings are missing.
-func skipOrFail(t *testing.T, format string, args ...any) {
+func skipOrFail(t testing.TB, format string, args ...any) {
 	t.Helper()
 	if os.Getenv(envRequire) == "1" {
 		t.Fatalf(format, args...)
@@ -80,7 +80,7 @@ func TestMain(m *testing.M) {
 }
 
 // binary returns the daemon, built once if the environment names none.
-func binary(t *testing.T) string {
+func binary(t testing.TB) string {
 	t.Helper()
 	if p := os.Getenv(envBinary); p != "" {
 		return p

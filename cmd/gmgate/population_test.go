@@ -18,6 +18,7 @@ import (
 	"github.com/emiago/sipgo/sip"
 	"golang.org/x/sys/unix"
 
+	"github.com/gmgate/gmgate/control/config"
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/observe"
 	"github.com/gmgate/gmgate/control/proxy"
@@ -28,6 +29,7 @@ import (
 	"github.com/gmgate/gmgate/control/survive"
 	"github.com/gmgate/gmgate/dataplane/front"
 	"github.com/gmgate/gmgate/dataplane/front/frontbench"
+	"github.com/gmgate/gmgate/dataplane/guard"
 	"github.com/gmgate/gmgate/dataplane/hostnet"
 	"github.com/gmgate/gmgate/dataplane/sipmsg"
 	"github.com/gmgate/gmgate/dataplane/useresp"
@@ -47,6 +49,8 @@ type population struct {
 	writer     *store.Writer
 	reconciler *survive.Reconciler
 	subscribes bool // to the registration state: the core answers, and tells it
+
+	allocs uint64 // of gmgate's part, by batch
 }
 
 // memory is the event loop of a population: what is sent is kept in one buffer, and time stands until the benchmark moves
@@ -351,12 +355,16 @@ func (p *population) batch(k int) (cpu time.Duration) {
 	each := 1 // messages that a step makes for each phone
 	step := func(posts int, flow func(n int) ims.Flow) {
 		p.eg.reset()
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
 		began := cpuTime(p.tb)
 		for i, b := range in {
 			p.w.Message(flow(from+i), b)
 		}
 		p.eg.settle(posts)
 		cpu += cpuTime(p.tb) - began
+		runtime.ReadMemStats(&after)
+		p.allocs += after.Mallocs - before.Mallocs
 		if len(p.eg.ends) != k*each {
 			p.tb.Fatalf("%d messages for %d phones: %s", len(p.eg.ends), k, p.eg.sent)
 		}
@@ -571,6 +579,71 @@ func BenchmarkRegistration(b *testing.B) {
 	}
 }
 
+// withGuard puts a guard behind a backend, as the daemon does, and has the worker ask it what it has seen.
+func withGuard(tb testing.TB, inst sa.Installer) (sa.Installer, func(*proxy.Config)) {
+	tb.Helper()
+	cfg := config.Example()
+	cfg.Gm.Addresses, cfg.Guard.Pin = []netip.Addr{netip.MustParseAddr("127.0.0.1")}, ""
+	gc := guardConfig(cfg, false, false, slog.New(slog.DiscardHandler))
+	gc.Pin = ""
+	g, err := guard.Open(gc)
+	if err != nil {
+		tb.Skipf("no guard here: %v", err)
+	}
+	f := &filter{Guard: g, mode: config.GuardAuto, log: gc.Logger}
+	tb.Cleanup(func() {
+		if err := f.release(false); err != nil {
+			tb.Error(err)
+		}
+	})
+	return f.behind(inst), func(c *proxy.Config) { c.Witness = f.witness() }
+}
+
+// BenchmarkRegistrationGuard measures what the guard adds to the CPU time and the allocations of a whole registration: the
+// same with and without, taken in turn.
+func BenchmarkRegistrationGuard(b *testing.B) {
+	for name, backend := range map[string]func(*testing.B) sa.Installer{
+		"worker":    func(b *testing.B) sa.Installer { return newAcker(b) },
+		"userspace": userspaceBackend,
+	} {
+		b.Run(name, func(b *testing.B) {
+			const rounds, size = 9, 500
+			plain := newPopulation(b, backend(b), benchCore, nil)
+			inst, witnessed := withGuard(b, backend(b))
+			guarded := newPopulation(b, inst, benchCore, func(_ *population, c *proxy.Config) { witnessed(c) })
+			both := [2]*population{plain, guarded}
+			for _, p := range both {
+				p.batch(size) // warm up
+				p.pass(time.Second)
+				p.allocs = 0
+			}
+			n := max(b.N/rounds, size)
+			var cost [2][]float64
+			var done [2]int
+			b.ResetTimer()
+			for range rounds {
+				for i, p := range both {
+					var cpu time.Duration
+					began := done[i]
+					for done[i]-began < n {
+						cpu += p.batch(size)
+						p.pass(time.Second)
+						done[i] += size
+					}
+					cost[i] = append(cost[i], float64(cpu.Nanoseconds())/float64(done[i]-began))
+				}
+			}
+			b.StopTimer()
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(median(cost[0]), "CPU-ns-without")
+			b.ReportMetric(median(cost[1]), "CPU-ns-with")
+			b.ReportMetric(median(cost[1])/median(cost[0]), "ratio")
+			b.ReportMetric(float64(plain.allocs)/float64(done[0]), "allocs-without")
+			b.ReportMetric(float64(guarded.allocs)/float64(done[1]), "allocs-with")
+		})
+	}
+}
+
 // conversation returns the four messages of one registration as gmgate receives them.
 func (p *population) conversation() []string {
 	sm1 := p.register(0, "")
@@ -595,7 +668,8 @@ func parseAndPrint(b *testing.B, messages []string) {
 
 // BenchmarkHeapPerUE measures the Go heap of a registered UE in the worker: at once, while the transactions are kept for
 // retransmissions, and after their time, when they have registered at the pace of one a second. "whole" counts what else
-// is kept of it: its subscription to the registration state, and what store and reconciler note.
+// is kept of it: its subscription to the registration state, and what store and reconciler note. "guarded" is that with what
+// the guard keeps beside its maps in the kernel.
 func BenchmarkHeapPerUE(b *testing.B) {
 	const phones = 5000
 	heap := func() float64 {
@@ -605,8 +679,8 @@ func BenchmarkHeapPerUE(b *testing.B) {
 		runtime.ReadMemStats(&m)
 		return float64(m.HeapAlloc)
 	}
-	measure := func(unit string, change func(*population, *proxy.Config), register func(*population)) {
-		p := newPopulation(b, newAcker(b), benchCore, change)
+	measure := func(unit string, inst sa.Installer, change func(*population, *proxy.Config), register func(*population)) {
+		p := newPopulation(b, inst, benchCore, change)
 		p.batch(1) // what the first one makes for all
 		p.pass(time.Second)
 		p.flush()
@@ -628,9 +702,11 @@ func BenchmarkHeapPerUE(b *testing.B) {
 		p.pass(time.Minute)
 	}
 	for b.Loop() {
-		measure("B/UE-at-once", nil, func(p *population) { p.grow(phones+1, true) })
-		measure("B/UE", nil, slowly)
-		measure("B/UE-whole", whole(b), slowly)
+		measure("B/UE-at-once", newAcker(b), nil, func(p *population) { p.grow(phones+1, true) })
+		measure("B/UE", newAcker(b), nil, slowly)
+		measure("B/UE-whole", newAcker(b), whole(b), slowly)
+		inst, witnessed := withGuard(b, newAcker(b))
+		measure("B/UE-guarded", inst, func(p *population, c *proxy.Config) { whole(b)(p, c); witnessed(c) }, slowly)
 	}
 	b.ReportMetric(0, "ns/op")
 }

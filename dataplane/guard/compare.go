@@ -89,10 +89,6 @@ func (t *table) evict(set uint64, keys []bpf.GuardSaKey) error {
 			return err
 		}
 	}
-	delete(t.first, set)
-	if pl := t.sets[set]; pl != nil {
-		delete(t.sets, set)
-		t.give(pl)
-	}
+	t.forget(set)
 	return nil
 }

@@ -3,7 +3,6 @@ package guard
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -34,17 +33,22 @@ type table struct {
 
 	mu      sync.RWMutex
 	entries int
-	slots   map[uint32]*place // by label
-	sets    map[uint64]*place // by set
-	free    []uint32          // slots that were used before
-	next    uint32            // the first one that never was
-	first   map[uint64]uint64 // CLOCK_MONOTONIC of the first packet of sets
+	slots   map[uint32]place    // by label
+	sets    map[uint64]standing // by set
+	free    []uint32            // slots that were used before
+	next    uint32              // the first one that never was
 }
 
 // place is where a UE context is counted.
 type place struct {
-	label, slot uint32
-	sets        int // that use it
+	slot uint32
+	sets uint32 // that use it
+}
+
+// standing is what is kept of a set. There are as many as phones: it holds no pointers, and there is one map of them.
+type standing struct {
+	first uint64 // CLOCK_MONOTONIC of its first packet; 0: none was seen
+	label uint32
 }
 
 func (t *table) open(g *Guard) error {
@@ -60,7 +64,7 @@ func (t *table) open(g *Guard) error {
 	}
 	t.counters = unsafe.Slice((*bpf.GuardTraffic)(unsafe.Pointer(&t.memory[0])), n)
 	t.sas, t.cap = g.objs.Sas, g.cfg.SAs
-	t.slots, t.sets, t.first = make(map[uint32]*place), make(map[uint64]*place), make(map[uint64]uint64)
+	t.slots, t.sets = make(map[uint32]place), make(map[uint64]standing)
 	t.local = func(spi ims.SPI, p *sa.Params) (bpf.GuardSaKey, bool) {
 		i, ok := g.cfg.local(p.Local)
 		return bpf.GuardSaKey{Spi: uint32(spi), Local: i}, ok
@@ -99,37 +103,34 @@ func (t *table) add(p *sa.Params, flags uint32) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	pl := t.sets[p.ID]
-	again := pl != nil
+	s, again := t.sets[p.ID]
 	if !again {
-		pl = t.take(p.Label)
+		s.label = p.Label
+		t.take(s.label)
 	}
-	v := bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: pl.slot, Flags: flags}
-	written := keys[:0]
-	for _, k := range keys {
-		wrote, err := t.put(k, &v)
-		if err != nil {
-			for _, k := range written {
-				if t.sas.Delete(k) == nil {
+	v := bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: t.slots[s.label].slot, Flags: flags}
+	var written [len(keys)]bool
+	for i := range keys {
+		var err error
+		if written[i], err = t.put(&keys[i], &v); err != nil {
+			for j := range i {
+				if written[j] && t.sas.Delete(&keys[j]) == nil {
 					t.entries--
 				}
 			}
 			if !again {
-				t.give(pl)
+				t.give(s.label)
 			}
 			return t.full(err)
 		}
-		if wrote {
-			written = append(written, k)
-		}
 	}
-	t.sets[p.ID] = pl
+	t.sets[p.ID] = s
 	return nil
 }
 
 // put writes the entry of an SA. One that is there of the same set, which was installed again, stays; one of another set
-// was left behind.
-func (t *table) put(k bpf.GuardSaKey, v *bpf.GuardSaValue) (wrote bool, err error) {
+// was left behind. Of pointers the library makes no copies.
+func (t *table) put(k *bpf.GuardSaKey, v *bpf.GuardSaValue) (wrote bool, err error) {
 	err = t.sas.Update(k, v, ebpf.UpdateNoExist)
 	if err == nil {
 		t.entries++
@@ -156,15 +157,14 @@ func (t *table) full(err error) error {
 	return err
 }
 
-// take returns the place of a UE context, for one more set.
-func (t *table) take(label uint32) *place {
-	p := t.slots[label]
-	if p == nil {
-		p = &place{label: label, slot: t.newSlot()}
-		t.slots[label] = p
+// take makes a UE context have a place, for one more set.
+func (t *table) take(label uint32) {
+	p, ok := t.slots[label]
+	if !ok {
+		p.slot = t.newSlot()
 	}
 	p.sets++
-	return p
+	t.slots[label] = p
 }
 
 // newSlot returns an unused slot with counters at zero, or noSlot.
@@ -194,13 +194,23 @@ func (t *table) zero(slot uint32) {
 }
 
 // give takes back what take has done.
-func (t *table) give(p *place) {
+func (t *table) give(label uint32) {
+	p := t.slots[label]
 	if p.sets--; p.sets > 0 {
+		t.slots[label] = p
 		return
 	}
-	delete(t.slots, p.label)
+	delete(t.slots, label)
 	if p.slot != noSlot {
 		t.free = append(t.free, p.slot)
+	}
+}
+
+// forget ends what is kept of a set. One that is not there is no error.
+func (t *table) forget(set uint64) {
+	if s, ok := t.sets[set]; ok {
+		delete(t.sets, set)
+		t.give(s.label)
 	}
 }
 
@@ -214,8 +224,9 @@ func (t *table) remove(p *sa.Params) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var errs []error
-	for _, k := range keys {
-		var v bpf.GuardSaValue
+	var v bpf.GuardSaValue
+	for i := range keys {
+		k := &keys[i]
 		err := t.sas.Lookup(k, &v)
 		if err == nil && v.Set == p.ID {
 			if err = t.sas.Delete(k); err == nil {
@@ -229,11 +240,7 @@ func (t *table) remove(p *sa.Params) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...) // what is left is counted where it was
 	}
-	delete(t.first, p.ID)
-	if pl := t.sets[p.ID]; pl != nil {
-		delete(t.sets, p.ID)
-		t.give(pl)
-	}
+	t.forget(p.ID)
 	return nil
 }
 
@@ -255,7 +262,6 @@ func (t *table) sync(sets []sa.Params, foreign []bpf.GuardSaKey) error {
 	defer t.mu.Unlock()
 	t.next, t.free = 0, nil
 	clear(t.slots)
-	clear(t.sets)
 	var stale []bpf.GuardSaKey
 	used := make(map[uint32]uint32) // slots, by label
 	var k bpf.GuardSaKey
@@ -278,6 +284,14 @@ func (t *table) sync(sets []sa.Params, foreign []bpf.GuardSaKey) error {
 	}
 	t.entries = there
 	t.reuse(used)
+	before := t.sets
+	t.sets = make(map[uint64]standing, len(sets))
+	for i := range sets {
+		if p := &sets[i]; !t.has(p.ID) {
+			t.take(p.Label)
+			t.sets[p.ID] = standing{first: before[p.ID].first, label: p.Label}
+		}
+	}
 	// These first: there may be no room for both.
 	for _, k := range stale {
 		switch err := t.sas.Delete(k); {
@@ -290,20 +304,19 @@ func (t *table) sync(sets []sa.Params, foreign []bpf.GuardSaKey) error {
 	for k, p := range wanted {
 		v := bpf.GuardSaValue{Slot: noSlot, Flags: uint32(bpf.GuardSaFlagSA_ANY_SOURCE)}
 		if p != nil {
-			pl := t.sets[p.ID]
-			if pl == nil {
-				pl = t.take(p.Label)
-				t.sets[p.ID] = pl
-			}
-			v = bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: pl.slot}
+			v = bpf.GuardSaValue{Source: guardAddress(p.UE), Set: p.ID, Slot: t.slots[t.sets[p.ID].label].slot}
 		}
-		if err := t.sas.Put(k, &v); err != nil {
+		if err := t.sas.Put(&k, &v); err != nil {
 			return fmt.Errorf("fill the map of SPIs: %w", t.full(err))
 		}
 	}
 	t.entries = len(wanted)
-	maps.DeleteFunc(t.first, func(set, _ uint64) bool { return t.sets[set] == nil })
 	return nil
+}
+
+func (t *table) has(set uint64) bool {
+	_, ok := t.sets[set]
+	return ok
 }
 
 // reuse gives UE contexts the slots that they had. One that two of them claim goes to the first, whichever that is.
@@ -313,7 +326,7 @@ func (t *table) reuse(used map[uint32]uint32) {
 	for label, slot := range used {
 		if !owner[slot] {
 			owner[slot] = true
-			t.slots[label] = &place{label: label, slot: slot}
+			t.slots[label] = place{slot: slot}
 			taken = append(taken, slot)
 		}
 	}
@@ -336,8 +349,8 @@ func (t *table) traffic(label uint32) sa.Traffic {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	var s sa.Traffic
-	p := t.slots[label]
-	if p == nil || p.slot == noSlot || t.counters == nil {
+	p, ok := t.slots[label]
+	if !ok || p.slot == noSlot || t.counters == nil {
 		return s
 	}
 	var last uint64
@@ -357,15 +370,16 @@ func (t *table) traffic(label uint32) sa.Traffic {
 func (t *table) seen(set, at uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.sets[set] != nil && t.first[set] == 0 {
-		t.first[set] = at
+	if s, ok := t.sets[set]; ok && s.first == 0 {
+		s.first = at
+		t.sets[set] = s
 	}
 }
 
 func (t *table) firstOf(set uint64) time.Time {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	if at := t.first[set]; at != 0 {
+	if at := t.sets[set].first; at != 0 {
 		return wall(at)
 	}
 	return time.Time{}

@@ -310,8 +310,8 @@ func TestTakeOver(t *testing.T) {
 // mark counts packets of a UE context as the programs do.
 func mark(t rapid.TB, g *Guard, label uint32, n uint64) {
 	t.Helper()
-	p := g.table.slots[label]
-	if p == nil || p.slot == noSlot {
+	p, ok := g.table.slots[label]
+	if !ok || p.slot == noSlot {
 		t.Fatalf("UE context %d has no counters", label)
 	}
 	for i := range g.table.lanes {
@@ -539,8 +539,8 @@ func TestTableModel(t *testing.T) {
 		}
 		check := func(t *rapid.T) {
 			for id, label := range n.sets {
-				if p := g.table.sets[id]; p == nil || p.label != label || g.table.slots[label] != p {
-					t.Fatalf("set %d of UE context %d is counted at %+v", id, label, p)
+				if s, ok := g.table.sets[id]; !ok || s.label != label {
+					t.Fatalf("set %d of UE context %d is kept as %+v", id, label, s)
 				}
 			}
 			got := content(t, g)
@@ -563,7 +563,17 @@ func TestTableModel(t *testing.T) {
 			if len(slots) != len(g.table.free) || len(slots)+len(n.counted) != int(g.table.next) {
 				t.Fatalf("slots %v of %d are free, and %d are in use", g.table.free, g.table.next, len(n.counted))
 			}
+			users := make(map[uint32]uint32)
+			for _, label := range n.sets {
+				users[label]++
+			}
+			if len(users) != len(g.table.slots) {
+				t.Fatalf("%d UE contexts have a place, want %d", len(g.table.slots), len(users))
+			}
 			for label, p := range g.table.slots {
+				if p.sets != users[label] {
+					t.Fatalf("%d sets share the place of UE context %d, want %d", p.sets, label, users[label])
+				}
 				_, counted := n.counted[label]
 				if counted != (p.slot != noSlot) || p.slot != noSlot && slots[p.slot] {
 					t.Fatalf("UE context %d is counted at %d, want counted %v and alone", label, p.slot, counted)
