@@ -134,6 +134,10 @@ func (c *crew) sendHere(from netip.AddrPort) error {
 		return err
 	}
 	if c.t == ims.TCP {
+		// Reset at the end, once it was accepted: the ports of the test are to be free again at once.
+		if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+			return err
+		}
 		return unix.Connect(fd, sockaddr(c.local))
 	}
 	return unix.Sendto(fd, []byte("x"), 0, sockaddr(c.local))
@@ -153,7 +157,6 @@ func (c *crew) take(t testing.TB) int {
 			if c.t == ims.TCP {
 				var conn int
 				if conn, _, err = unix.Accept4(fd, unix.SOCK_CLOEXEC); err == nil {
-					// Reset: the ports of the test are to be free again at once.
 					err = errors.Join(unix.SetsockoptLinger(conn, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}), unix.Close(conn))
 				}
 			} else {
