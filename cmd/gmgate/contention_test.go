@@ -125,9 +125,12 @@ type handset struct {
 	x      *exchange
 	n      int // in the population; odd and even ones belong to different workers
 	uc, us *net.UDPConn
-	conn   net.Conn       // from port-uc to port-ps
-	path   string         // that the core was told; and where from
-	gate   netip.AddrPort // written before the phone has registered
+	conn   net.Conn // from port-uc to port-ps
+
+	// What the core was told; valid when registered is closed.
+	registered chan struct{}
+	path       string
+	gate       netip.AddrPort // where from
 
 	answers   [2]chan string // to its requests, over UDP and TCP
 	delivered [2]chan string // the phone's answers, as the core got them
@@ -217,13 +220,15 @@ func newExchange(t *testing.T, lock *sync.Mutex) *exchange {
 		return err
 	}))
 	t.Cleanup(func() { _ = x.core.Close() })
-	go x.serve()
 	for n := 1; n <= 4; n++ {
-		h := &handset{x: x, n: n}
+		h := &handset{x: x, n: n, registered: make(chan struct{})}
 		for i := range h.answers {
 			h.answers[i], h.delivered[i] = make(chan string, 2*exchangeWindow), make(chan string, 2*exchangeWindow)
 		}
 		x.phones = append(x.phones, h)
+	}
+	go x.serve()
+	for _, h := range x.phones {
 		check(ns.Do(h.open))
 		h.register()
 		check(ns.Do(h.connect))
@@ -271,7 +276,10 @@ func (x *exchange) serve() {
 		case !strings.Contains(string(b), "algorithm=AKAv1-MD5"):
 			answer = x.texts.answer(b, "401 Unauthorized", benchChallenge)
 		default:
-			h.path, h.gate = string(m.Get(sipmsg.Path)), from
+			if h.path == "" { // it may come twice
+				h.path, h.gate = string(m.Get(sipmsg.Path)), from
+				close(h.registered)
+			}
 			answer = x.texts.answer(b, "200 OK", x.texts.granted(phone))
 		}
 		if _, err := x.core.WriteToUDPAddrPort(answer, from); err != nil {
@@ -397,6 +405,7 @@ func (h *handset) register() {
 		}
 		server = string(m.Get(sipmsg.SecurityServer))
 	}
+	<-h.registered
 }
 
 // await returns what comes next; nothing if it takes too long.
