@@ -195,12 +195,12 @@ func (j *Injector) set(i int, etherType uint16, frame []byte) {
 // flush sends the first k frames.
 func (j *Injector) flush(k int, r *Result) error {
 	for at := 0; at < k; {
-		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(j.fd), uintptr(unsafe.Pointer(&j.hdrs[at])), uintptr(k-at), 0, 0, 0)
-		switch {
-		case errno == 0:
+		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(j.fd), uintptr(unsafe.Pointer(&j.hdrs[at])), uintptr(k-at), 0, 0, 0) //nolint:gosec // G103: headers are laid out by hand
+		switch errno {
+		case 0:
 			r.Sent, at = r.Sent+int(n), at+int(n)
-		case errno == unix.EINTR:
-		case errno == unix.ENOBUFS || errno == unix.EAGAIN: // about the first frame
+		case unix.EINTR:
+		case unix.ENOBUFS, unix.EAGAIN: // about the first frame
 			r.Refused, at = r.Refused+1, at+1
 		default:
 			return errno

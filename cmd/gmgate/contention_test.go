@@ -36,8 +36,10 @@ type profiled map[string]int64
 // profile reads a profile.
 func profile(t *testing.T, read func([]runtime.BlockProfileRecord) (int, bool)) profiled {
 	t.Helper()
-	for n, ok := read(nil); ; {
+	n, _ := read(nil)
+	for {
 		records := make([]runtime.BlockProfileRecord, n+100) // it grows meanwhile
+		var ok bool
 		if n, ok = read(records); !ok {
 			continue
 		}

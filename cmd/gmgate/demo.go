@@ -121,13 +121,13 @@ func demoParse(args []string, stderr io.Writer) (demoFlags, int) {
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	least, most := 2, demoMaxPhones
-	switch {
-	case o.story == demoAttack:
+	switch o.story {
+	case demoAttack:
 		least, most = demoAttackLeast, demoAttackMost
 		if !given["ues"] {
 			o.ues = demoAttackPhones
 		}
-	case o.story == demoLifecycle:
+	case demoLifecycle:
 		if given["ues"] {
 			problems = append(problems, "-ues is for the other stories: that of a life has one phone, and one that it calls")
 		}

@@ -921,7 +921,8 @@ func (s *siege) table() {
 }
 
 func dropTable(strikes []strike) [][]string {
-	rows := [][]string{{"attack", "sent", "guard", "ESP", "sockets", "SIP", "at the core"}}
+	rows := make([][]string, 1, 1+len(strikes))
+	rows[0] = []string{"attack", "sent", "guard", "ESP", "sockets", "SIP", "at the core"}
 	for _, r := range strikes {
 		rows = append(rows, []string{
 			r.name, strconv.Itoa(r.sent.Sent), fmt.Sprintf("%.0f", total(r.guard)), fmt.Sprintf("%.0f", total(r.esp)),

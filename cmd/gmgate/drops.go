@@ -180,12 +180,14 @@ func formatGuard(g *admin.GuardStatus) string {
 	line("reason", g.Reason)
 	line("pinned", g.Pinned)
 
-	rows := [][]string{{"VERDICT", "REASON", "PACKETS", "OCTETS"}}
+	rows := make([][]string, 1, 1+len(g.Verdicts))
+	rows[0] = []string{"VERDICT", "REASON", "PACKETS", "OCTETS"}
 	for _, v := range g.Verdicts {
 		rows = append(rows, []string{v.Verdict, v.Reason, n(v.Packets), octets(v.Bytes)})
 	}
 	table(rows)
-	rows = [][]string{{"INTERFACE", "HOOK", "ATTACHED", "DETAIL"}}
+	rows = make([][]string, 1, 1+len(g.Interfaces))
+	rows[0] = []string{"INTERFACE", "HOOK", "ATTACHED", "DETAIL"}
 	for _, i := range g.Interfaces {
 		attached := "no"
 		if i.Attached {
@@ -194,7 +196,8 @@ func formatGuard(g *admin.GuardStatus) string {
 		rows = append(rows, []string{i.Name, i.Hook, attached, i.Detail})
 	}
 	table(rows)
-	rows = [][]string{{"MAP", "ENTRIES", "CAPACITY", "FULL"}}
+	rows = make([][]string, 1, 1+len(g.Maps))
+	rows[0] = []string{"MAP", "ENTRIES", "CAPACITY", "FULL"}
 	for _, m := range g.Maps {
 		full := "-"
 		if m.Capacity > 0 {

@@ -146,7 +146,10 @@ func (s *Server) drops(w http.ResponseWriter, r *http.Request) {
 func (s *Server) follow(ctx context.Context, send func(any) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	waiting, ended := make(chan GuardDrop, waitingDrops), make(chan error, 1)
-	defer func() { cancel(); <-ended }()
+	defer func() {
+		cancel()
+		<-ended //nolint:errcheck // what it says has been sent or is nobody's any more
+	}()
 	var lost atomic.Uint64
 	go func() {
 		err := s.cfg.Guard.Follow(ctx, func(d GuardDrop) {

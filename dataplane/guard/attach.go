@@ -438,7 +438,7 @@ func removeFilters(ns *hostnet.NS, pin string, names []string) error {
 
 // detachAll takes everything off the interfaces.
 func (g *Guard) detachAll() error {
-	var errs []error
+	errs := make([]error, 0, len(g.hooks))
 	for _, h := range g.hooks {
 		errs = append(errs, h.detach(g.cfg.NS))
 		h.reset("detached", nil)

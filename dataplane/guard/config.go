@@ -97,7 +97,7 @@ func (c *Config) complete() error {
 	}
 	for _, a := range c.Local {
 		if !a.IsValid() || a.Is4In6() || a.Zone() != "" {
-			return fmt.Errorf("Gm address %s is not usable", a)
+			return fmt.Errorf("address %s of Gm is not usable", a)
 		}
 	}
 	return nil

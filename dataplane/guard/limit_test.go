@@ -97,8 +97,17 @@ func TestWhatCounts(t *testing.T) {
 				flags  uint8
 				counts bool
 			}{
-				{flagSYN, true}, {flagSYN | flagACK, false}, {flagACK, false}, {flagPSH | flagACK, false}, {flagFIN | flagACK, false}, {flagRST, false},
-				{0, false}, {flagSYN | flagFIN, true}, {flagSYN | 0xc0, true}, {flagSYN | flagRST, true}, {math.MaxUint8, false},
+				{flagSYN, true},
+				{flagSYN | flagACK, false},
+				{flagACK, false},
+				{flagPSH | flagACK, false},
+				{flagFIN | flagACK, false},
+				{flagRST, false},
+				{0, false},
+				{flagSYN | flagFIN, true},
+				{flagSYN | 0xc0, true},
+				{flagSYN | flagRST, true},
+				{math.MaxUint8, false},
 			} {
 				check(fmt.Sprintf("TCP flags %#x", c.flags), ip(f.phone, f.local, protoTCP, tcp(31000, clearPort, c.flags, nil)), c.counts)
 			}

@@ -53,10 +53,8 @@ type finding struct {
 // judge classifies a frame, or an IP packet where the link has no header.
 func (m *model) judge(frame []byte, raw bool) finding {
 	f := finding{octets: len(frame)}
-	packet, version := frame, 0
-	if raw {
-		version = int(frame[0] >> 4)
-	} else {
+	packet, version := frame, int(frame[0]>>4)
+	if !raw {
 		packet, version = ethernet(frame)
 	}
 	switch version {

@@ -145,5 +145,7 @@ func put8(packet []byte, at int, v uint8) []byte {
 	return b
 }
 
-const register = "REGISTER sip:ims.example SIP/2.0\r\nVia: SIP/2.0/UDP 203.0.113.7:31000;branch=z9hG4bK1\r\n\r\n"
-const options = "OPTIONS sip:ims.example SIP/2.0\r\nVia: SIP/2.0/UDP 203.0.113.7:31000;branch=z9hG4bK1\r\n\r\n"
+const (
+	register = "REGISTER sip:ims.example SIP/2.0\r\nVia: SIP/2.0/UDP 203.0.113.7:31000;branch=z9hG4bK1\r\n\r\n"
+	options  = "OPTIONS sip:ims.example SIP/2.0\r\nVia: SIP/2.0/UDP 203.0.113.7:31000;branch=z9hG4bK1\r\n\r\n"
+)

@@ -179,8 +179,14 @@ func TestModes(t *testing.T) {
 		hooks []HookKind
 		want  HookKind
 	}{
-		{Native, nil, HookNative}, {Generic, nil, HookGeneric}, {Native, nil, HookNative}, {TC, nil, bestTC()},
-		{TC, []HookKind{HookTC}, HookTC}, {Native, nil, HookNative}, {TC, []HookKind{HookTC}, HookTC}, {Generic, nil, HookGeneric},
+		{Native, nil, HookNative},
+		{Generic, nil, HookGeneric},
+		{Native, nil, HookNative},
+		{TC, nil, bestTC()},
+		{TC, []HookKind{HookTC}, HookTC},
+		{Native, nil, HookNative},
+		{TC, []HookKind{HookTC}, HookTC},
+		{Generic, nil, HookGeneric},
 	} {
 		c.Mode, c.hooks = m.mode, m.hooks
 		g := stand(t, c)

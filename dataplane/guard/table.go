@@ -112,7 +112,7 @@ func (t *table) add(p *sa.Params, flags uint32) error {
 	var written [len(keys)]bool
 	for i := range keys {
 		var err error
-		if written[i], err = t.put(&keys[i], &v); err != nil {
+		if written[i], err = t.put(&keys[i], &v); err != nil { //nolint:gosec // G602: as many as there are keys
 			for j := range i {
 				if written[j] && t.sas.Delete(&keys[j]) == nil {
 					t.entries--
@@ -392,12 +392,15 @@ func (t *table) fill() (sas, ues int) {
 	return t.entries, len(t.slots)
 }
 
-// origin is one moment on both clocks. Go's monotonic clock is CLOCK_MONOTONIC, but only differences can be had of it; with
-// them a time is found without the system call that package unix makes for each.
-var origin = sync.OnceValue(func() (o struct {
+// moment is one on both clocks.
+type moment struct {
 	at   time.Time
-	mono int64
-}) {
+	mono int64 // ns
+}
+
+// origin is any moment. Go's monotonic clock is CLOCK_MONOTONIC, but only differences can be had of it; with
+// them a time is found without the system call that package unix makes for each.
+var origin = sync.OnceValue(func() (o moment) {
 	var ts unix.Timespec
 	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) == nil { // there is no Linux without
 		o.at, o.mono = time.Now(), ts.Nano()
@@ -431,7 +434,7 @@ func (g *Guard) Remove(p sa.Params) error {
 // Sync makes the guard let exactly these sets pass, and the SPIs of other programs towards our addresses. Counters of UE
 // contexts that it knew stay. It is for the start, before Attach, and for repairs while no set comes or goes.
 func (g *Guard) Sync(sets []sa.Params, foreign []ims.SPI) error {
-	var keys []bpf.GuardSaKey
+	keys := make([]bpf.GuardSaKey, 0, len(foreign)*len(g.cfg.Local))
 	for _, spi := range foreign {
 		for i := range g.cfg.Local {
 			keys = append(keys, bpf.GuardSaKey{Spi: uint32(spi), Local: uint32(i)}) //nolint:gosec // at most 16

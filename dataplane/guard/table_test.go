@@ -49,8 +49,8 @@ func TestLayout(t *testing.T) {
 		for _, m := range c.Members {
 			want = append(want, fmt.Sprintf("%s at %d", strings.ReplaceAll(m.Name, "_", ""), m.Offset.Bytes()))
 		}
-		for i := range typ.NumField() {
-			if f := typ.Field(i); f.Name != "_" {
+		for f := range typ.Fields() {
+			if f.Name != "_" {
 				got = append(got, fmt.Sprintf("%s at %d", strings.ToLower(f.Name), f.Offset))
 			}
 		}

@@ -43,8 +43,10 @@ func program(t *testing.T) int {
 		kind, count   uint32
 		code, license uint64
 		rest          [12]uint64
-	}{kind: unix.BPF_PROG_TYPE_SCHED_CLS, count: 2,
-		code: uint64(uintptr(unsafe.Pointer(&code[0]))), license: uint64(uintptr(unsafe.Pointer(&license[0])))}
+	}{
+		kind: unix.BPF_PROG_TYPE_SCHED_CLS, count: 2,
+		code: uint64(uintptr(unsafe.Pointer(&code[0]))), license: uint64(uintptr(unsafe.Pointer(&license[0]))),
+	}
 	fd, _, e := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
 	if e != 0 {
 		if os.Getenv("REQUIRE_KERNEL_TESTS") == "1" {
