@@ -69,6 +69,16 @@ func (s *source) Deregister(_ context.Context, q proxy.UEQuery) ([]proxy.UEInfo,
 	return list, s.err
 }
 
+func (s *source) Move(_ context.Context, id proxy.UEID, worker int) ([]proxy.UEInfo, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := slices.Clone(s.choose(proxy.UEQuery{ID: id}))
+	for i := range list {
+		list[i].ID.Worker = worker
+	}
+	return list, s.err
+}
+
 func (s *source) Loads(context.Context) ([]proxy.Load, error) {
 	return []proxy.Load{{Worker: 0, UEs: 3, SPIs: 6}, {Worker: 1, UEs: 4, SPIs: 10}}, s.err
 }

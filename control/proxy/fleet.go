@@ -22,6 +22,7 @@ type Fleet struct {
 	mu      sync.RWMutex
 	workers []*Worker // those that have booted
 	sets    atomic.Int64
+	names   renames // of UE contexts that have moved
 }
 
 func (f *Fleet) join(w *Worker) {
@@ -172,4 +173,5 @@ func (w *Worker) leave(impi string, except netip.Addr) {
 		w.table.Deregister(u, w.cfg.Registrar.OldSet)
 		w.unwatch(u, true) // the core may have both contacts
 	}
+	w.follow(impi, except)
 }
