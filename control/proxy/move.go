@@ -233,6 +233,16 @@ func (w *Worker) passOn(to int, f ims.Flow, b []byte) {
 	}
 }
 
+// awaits has the current message, which came to the new worker itself and names a context by a token of before, handled again
+// behind the context. That is in the queue already, since its name is known.
+func (w *Worker) awaits(t token, f ims.Flow) bool {
+	if _, ok := w.coming[Name{t.worker, t.ue, t.gen}]; !ok {
+		return false
+	}
+	msg := slices.Clone(w.m.Bytes())
+	return w.eg.Post(func() { w.Message(f, msg) }) == nil
+}
+
 // prepare runs on the new loop: it takes places for the contexts, and has messages of their address wait.
 func (m *move) prepare() {
 	w := m.to
@@ -250,7 +260,8 @@ func (m *move) prepare() {
 			err = fmt.Errorf("%w: worker %d has no place left", ErrBusy, w.id)
 			break
 		}
-		m.names = append(m.names, Name{uint8(w.id), index, gen})
+		n := Name{uint8(w.id), index, gen} //nolint:gosec // at most 256 workers
+		m.names, w.coming[n] = append(m.names, n), struct{}{}
 	}
 	p := &passage{arriving: true, from: m.from.id, before: w.passages[m.addr]}
 	if err == nil {
@@ -269,6 +280,7 @@ func (m *move) cancel(p *passage) {
 	w := m.to
 	for _, n := range m.names {
 		w.table.Unclaim(n.UE)
+		delete(w.coming, n)
 	}
 	if w.passages[m.addr] != p {
 		return
@@ -376,6 +388,7 @@ func (m *move) arrive() {
 		}
 		w.former[u] = former
 		w.table.Attach(u, m.names[i].UE, m.names[i].Gen)
+		delete(w.coming, m.names[i])
 		w.attachAnswered(u, l.txs)
 		if !u.NextHop.IsValid() {
 			w.findNextHop(u.Index, u.Gen)

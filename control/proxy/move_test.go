@@ -7,8 +7,11 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -203,7 +206,7 @@ func (c *crew) empty() {
 		c.t.Errorf("%d sets are counted", n)
 	}
 	for _, state := range []string{"registered", "deregistered", "pending"} {
-		if n := c.rigs[0].metric("ue_contexts", "state="+state); n != 0 {
+		if n := c.rigs[0].metric("ues", "state="+state); n != 0 {
 			c.t.Errorf("%v UEs are %s", n, state)
 		}
 	}
@@ -382,7 +385,15 @@ func TestMoveBusy(t *testing.T) {
 			r.w.Message(coreFlow(), []byte(answerTo(c.t, req.msg, "200 OK", p.ok200()...))) // Extend is not answered yet
 		}, "backend"},
 		"the same address at the other worker": {func(c *crew, p *phone) {
-			c.rigs[1].signUp(phoneAt(p.addr.String(), 9))
+			s, err := c.rigs[1].w.table.Begin(&registrar.Offer{
+				IMPI: "other", Local: gmAddr, UE: p.addr, SPIC: 5000, SPIS: 5001, PortC: 7000, PortS: 7001,
+			}, ims.ESPKeys{Suite: ims.Suites()[0]}, func(*registrar.Set, error) {})
+			if err != nil {
+				c.t.Fatal(err)
+			}
+			c.settle()
+			c.rigs[1].w.table.Confirm(s, time.Hour)
+			c.settle()
 		}, "as well"},
 		"a REGISTER at the other worker": {func(c *crew, p *phone) {
 			q := phoneAt(p.addr.String(), 9)
@@ -567,6 +578,11 @@ func TestMoveMeanwhile(t *testing.T) {
 	for _, s := range c.sent() {
 		if strings.HasPrefix(s.msg, "MESSAGE") || strings.HasPrefix(s.msg, "OPTIONS") {
 			seen[get(t, s.msg, sipmsg.CallID)]++
+		}
+	}
+	for _, r := range c.rigs {
+		if len(r.w.coming) != 0 {
+			t.Errorf("worker %d still waits", r.w.id)
 		}
 	}
 	if len(seen) != count || slices.Max(slices.Collect(maps.Values(seen))) != 1 {
@@ -816,4 +832,137 @@ func TestNewestName(t *testing.T) {
 	if n := r.n.Load(); n != 0 {
 		t.Errorf("%d names are left", n)
 	}
+}
+
+// Phones talk and are called while they are moved about by several operators at once: every message passes exactly once, and in the
+// end every phone is with one worker, the one that packets are steered to.
+func TestMoveConcurrently(t *testing.T) {
+	const phones, rounds = 6, 40
+	c := newCrew(t, 3)
+	var homes sync.Map
+	c.cfg.Home = func(a netip.Addr, worker int) error { homes.Store(a, worker); return nil }
+	var all []*phone
+	var paths []string
+	for i := range phones {
+		p := c.rigs[0].signUp(phoneAt(netip.AddrFrom4([4]byte{10, 45, 1, byte(i)}).String(), i+1))
+		homes.Store(p.addr, 0)
+		all, paths = append(all, p), append(paths, c.rigs[0].path(p))
+	}
+	c.settle()
+	c.sent()
+
+	stop := make(chan struct{})
+	var loops, others sync.WaitGroup
+	for k, r := range c.rigs {
+		loops.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				c.step(k)
+				r.l.now = r.l.now.Add(time.Millisecond)
+				r.w.Tick(r.l.now)
+				runtime.Gosched()
+			}
+		})
+	}
+	loops.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				c.rigs[0].backend.Answer()
+				runtime.Gosched()
+			}
+		}
+	})
+	post := func(worker int, f func(*Worker)) {
+		r := c.rigs[worker]
+		if err := r.l.Post(func() { f(r.w) }); err != nil {
+			t.Error(err)
+		}
+	}
+	for i, p := range all {
+		others.Go(func() { // the phone, whose packets come to any worker's socket
+			text := p.says()
+			for n := range rounds {
+				msg := strings.Replace(text, "Call-ID: m1", fmt.Sprintf("Call-ID: up%d-%d", i, n), 1)
+				post(n%3, func(w *Worker) {
+					if home, _ := homes.Load(p.addr); home.(int) != w.id {
+						_ = w.eg.Hand(home.(int), p.protectedFlow, []byte(msg))
+						return
+					}
+					w.Message(p.protectedFlow, []byte(msg))
+				})
+				runtime.Gosched()
+			}
+		})
+		others.Go(func() { // the core
+			for n := range rounds {
+				msg := strings.NewReplacer("INVITE", "OPTIONS", "z9hG4bKs9", fmt.Sprintf("z9hG4bKd%d-%d", i, n),
+					"Call-ID: m2", fmt.Sprintf("Call-ID: down%d-%d", i, n)).Replace(mtInvite(paths[i], ""))
+				post(n%3, func(w *Worker) { w.Message(scscf(), []byte(msg)) })
+				runtime.Gosched()
+			}
+		})
+	}
+	var moves atomic.Int64
+	for i, p := range all {
+		for range 2 { // two operators at the same phone
+			others.Go(func() {
+				for n := range rounds / 4 {
+					ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+					ues, _, err := c.cfg.Fleet.UEs(ctx, UEQuery{Addr: p.addr}, UEID{}, 9)
+					if err == nil && len(ues) > 0 { // none while it is between two workers
+						_, err = c.cfg.Fleet.Move(ctx, ues[0].ID, (i+n)%3)
+					}
+					cancel()
+					switch {
+					case err == nil:
+						moves.Add(1)
+					case !errors.Is(err, ErrBusy) && !errors.Is(err, ErrNoUE):
+						t.Error(err)
+					}
+				}
+			})
+		}
+	}
+	others.Wait()
+	close(stop)
+	loops.Wait()
+	c.settle()
+	seen := make(map[string]int)
+	for _, s := range c.sent() {
+		if !strings.HasPrefix(s.msg, "SIP/2.0") {
+			seen[get(t, s.msg, sipmsg.CallID)]++
+		}
+	}
+	if len(seen) != 2*phones*rounds || slices.Max(slices.Collect(maps.Values(seen))) != 1 {
+		t.Errorf("%d of %d messages passed, one of them %d times", len(seen), 2*phones*rounds, slices.Max(slices.Collect(maps.Values(seen))))
+	}
+	if moves.Load() == 0 {
+		t.Error("nobody has moved")
+	}
+	latest := c.rigs[0].l.now // each loop had a clock of its own
+	for _, r := range c.rigs {
+		if r.l.now.After(latest) {
+			latest = r.l.now
+		}
+	}
+	for _, r := range c.rigs {
+		r.l.now = latest
+	}
+	for _, p := range all {
+		home, _ := homes.Load(p.addr)
+		r := c.rigs[home.(int)]
+		if r.w.table.UEOf(p.impi, p.addr) == nil {
+			t.Fatalf("%s is not with worker %v", p.addr, home)
+		}
+		r.leave(p)
+		c.settle()
+	}
+	c.empty()
 }

@@ -112,6 +112,7 @@ type Worker struct {
 	former   map[*registrar.UE][]store.Freed // names that contexts have had with other workers, or in runs before
 	away     map[string][]departed           // contexts that have gone to other workers, by IMPI
 	passages map[netip.Addr]*passage         // addresses that are other workers'
+	coming   map[Name]struct{}               // of contexts that have places here and are not there yet
 
 	inst sa.Installer
 	spis *sa.SPIPool
@@ -168,7 +169,8 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
 		mwPort: cfg.MwPort + uint16(id), rules: cfg.Policy, inClear: make(map[uint64]*registrar.UE), asking: make(map[string]*asking),
 		former: make(map[*registrar.UE][]store.Freed), away: make(map[string][]departed), passages: make(map[netip.Addr]*passage),
-		txs: make(map[txKey]*regTx), newest: make(map[registrar.Key]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
+		coming: make(map[Name]struct{}),
+		txs:    make(map[txKey]*regTx), newest: make(map[registrar.Key]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
 		protected: newPendingQueue(),
 		conns:     make(map[ims.ConnID]*registrar.Set),
 		dials:     make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
