@@ -90,7 +90,7 @@ func TestInspect(t *testing.T) {
 	}
 	u := got[0]
 	first := SetInfo{
-		ID: u.Sets[0].ID, Phase: sa.Established,
+		ID: u.Sets[0].ID, Label: 1, Phase: sa.Established,
 		Ports: ims.Ports{UC: p.portC, US: p.portS, PC: p.pc, PS: p.ps},
 		SPIs:  ims.SPIs{UC: ims.SPI(p.spiC), US: ims.SPI(p.spiS), PC: u.Sets[0].SPIs.PC, PS: u.Sets[0].SPIs.PS},
 		Suite: ims.Suite{Alg: ims.AlgHMACSHA1, Enc: ims.EncAESCBC}, Deadline: r.l.now.Add(600030 * time.Second),

@@ -338,7 +338,9 @@ func (m *move) depart() {
 		delete(w.former, u)
 		w.table.Detach(u)
 	}
+	w.cfg.Fleet.departed.Add(1)
 	if err := m.to.eg.Post(m.arrive); err != nil {
+		w.cfg.Fleet.departed.Add(-1)
 		m.stay(away, conns)
 		m.abort(fmt.Errorf("%w: %d: %w", ErrWorkerGone, m.to.id, err))
 		return
@@ -400,6 +402,7 @@ func (m *move) arrive() {
 		infos = append(infos, w.info(u))
 		w.log.Info("UE moved", "impi", u.IMPI, "ue", u.Addr, "from_worker", m.from.id)
 	}
+	w.cfg.Fleet.arrived.Add(1)
 	p := w.passages[m.addr]
 	delete(w.passages, m.addr)
 	for _, x := range p.parked {

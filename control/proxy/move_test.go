@@ -161,11 +161,13 @@ func (c *crew) start(p *phone, from, to int) <-chan error {
 	return done
 }
 
-func (c *crew) asked(worker int) bool {
+func (c *crew) asked(worker int) bool { return c.queued(worker) > 0 }
+
+func (c *crew) queued(worker int) int {
 	l := c.rigs[worker].l
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.posted) > 0
+	return len(l.posted)
 }
 
 // step lets a loop do what is in its queue now.
@@ -633,6 +635,49 @@ func TestMoveThenEnds(t *testing.T) {
 			end(c, p)
 			c.empty()
 		})
+	}
+}
+
+// Whoever compares the sets of all workers with what others hold does not miss those that slip from one that is still to be asked
+// to one that was.
+func TestMoveWhileListed(t *testing.T) {
+	c := newCrew(t, 2)
+	p := c.rigs[0].registered()
+	c.settle()
+	c.mustMove(p, 0, 1)
+	id := c.rigs[1].context(p).Current.ID
+	done := c.start(p, 1, 0)
+	c.step(1)
+	c.step(0)
+	got := make(chan map[uint64]bool, 1)
+	go func() {
+		sets, _, err := c.cfg.Fleet.Sets(t.Context())
+		if err != nil {
+			t.Error(err)
+		}
+		got <- sets
+	}()
+	for !c.asked(0) {
+		time.Sleep(time.Millisecond)
+	}
+	c.step(0)              // it is not here yet
+	for c.queued(1) != 2 { // the move goes on, then comes the question
+		time.Sleep(time.Millisecond)
+	}
+	c.step(1)
+	for {
+		select {
+		case sets := <-got:
+			if _, ok := sets[id]; !ok || len(sets) != 1 {
+				t.Errorf("sets %v, want %#x", sets, id)
+			}
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			return
+		default:
+			c.settle()
+		}
 	}
 }
 
