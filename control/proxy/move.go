@@ -48,7 +48,7 @@ const (
 //     handled in between, so the old worker has handled all it got before, and hands over all it gets later: the front by Home
 //     what it reads from its socket, Message what other workers had handed over before. Both come behind the post, since a
 //     sender's tasks keep their order. Only after the post the names are known to lead to the new worker, so what the core
-//     sends comes behind it as well, whoever hands it over.
+//     sends comes behind it as well, whoever hands it over, the new worker to itself included.
 //   - On the new loop, the contexts are put in. Then comes what has waited, which is what the new worker's sockets got since Home,
 //     and after that what was handed over. A message that waited may overtake one that was read at the old socket.
 //
@@ -104,7 +104,7 @@ type move struct {
 	ues   []*registrar.UE
 	impis []string
 	names []Name // of the contexts at the new worker
-	loads []load
+	goods []carried
 }
 
 // moved is how a move ended.
@@ -113,8 +113,8 @@ type moved struct {
 	err error
 }
 
-// load is what the worker keeps of a context beside it.
-type load struct {
+// carried is what goes from loop to loop: a context, and what a worker keeps beside it.
+type carried struct {
 	ue     *registrar.UE
 	former []store.Freed
 	txs    []*regTx // answered REGISTERs over its sets, for their retransmissions
@@ -334,7 +334,7 @@ func (m *move) depart() {
 			conns = append(conns, s.ConnIn, s.ConnOut)
 			s.ConnIn, s.ConnOut = 0, 0
 		}
-		m.loads = append(m.loads, load{ue: u, former: w.former[u], txs: w.detachAnswered(u)})
+		m.goods = append(m.goods, carried{ue: u, former: w.former[u], txs: w.detachAnswered(u)})
 		delete(w.former, u)
 		w.table.Detach(u)
 	}
@@ -362,7 +362,7 @@ func (m *move) depart() {
 // stay runs on the old loop: it puts the contexts back, with the connections of their sets.
 func (m *move) stay(as []departed, conns []ims.ConnID) {
 	w := m.from
-	for i, l := range m.loads {
+	for i, l := range m.goods {
 		if len(l.former) > 0 {
 			w.former[l.ue] = l.former
 		}
@@ -379,8 +379,8 @@ func (m *move) stay(as []departed, conns []ims.ConnID) {
 // arrive runs on the new loop: it takes the contexts in.
 func (m *move) arrive() {
 	w := m.to
-	infos := make([]UEInfo, 0, len(m.loads))
-	for i, l := range m.loads {
+	infos := make([]UEInfo, 0, len(m.goods))
+	for i, l := range m.goods {
 		u := l.ue
 		old := store.Freed{Context: store.Context{Worker: uint16(m.from.id), Index: u.Index}, Gen: u.Gen} //nolint:gosec // at most 256 workers
 		former := append(slices.Clone(l.former), old)
@@ -405,10 +405,10 @@ func (m *move) arrive() {
 	w.cfg.Fleet.arrived.Add(1)
 	p := w.passages[m.addr]
 	delete(w.passages, m.addr)
+	m.done <- moved{ues: infos}
 	for _, x := range p.parked {
 		w.Message(x.flow, x.msg)
 	}
-	m.done <- moved{ues: infos}
 }
 
 // detachAnswered takes out the answered REGISTERs that came over sets of a UE; attachAnswered puts them in.

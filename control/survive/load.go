@@ -324,6 +324,10 @@ type phone struct {
 // before stays until it ends, and the crash may have come before every set was written with its new name. The context is the one
 // whose former names hold those of the others.
 func (l *loader) gather(snap *store.Snapshot, byUE map[store.Context][]store.Set) {
+	if !slices.ContainsFunc(snap.Registrations, func(r store.Registration) bool { return len(r.Former) > 0 }) {
+		l.gatherNameless(snap, byUE, nil)
+		return
+	}
 	byName := make(map[Name]*store.Registration, len(snap.Registrations))
 	for i := range snap.Registrations {
 		byName[Name{snap.Registrations[i].Context, snap.Registrations[i].Gen}] = &snap.Registrations[i]
@@ -342,26 +346,43 @@ func (l *loader) gather(snap *store.Snapshot, byUE map[store.Context][]store.Set
 		}
 	}
 	for from, r := range last {
-		if sets := byUE[from]; len(sets) > 0 && last[r.Context] == nil {
+		for next := r; next != nil; next = last[next.Context] { // of many names the latest may not remember the oldest
+			r = next
+		}
+		if sets := byUE[from]; len(sets) > 0 {
 			byUE[r.Context] = l.rename(append(byUE[r.Context], sets...), r)
 			delete(byUE, from)
 		}
 	}
-	// The other way round, a set may bear a name whose record was not written.
+	l.gatherNameless(snap, byUE, last)
+}
+
+// gatherNameless is gather the other way round: a set may bear a name whose record was not written. superseded are the places of
+// records that are not the latest of their context.
+func (l *loader) gatherNameless(snap *store.Snapshot, byUE map[store.Context][]store.Set, superseded map[store.Context]*store.Registration) {
+	named := 0
+	for i := range snap.Registrations {
+		if len(byUE[snap.Registrations[i].Context]) > 0 {
+			named++
+		}
+	}
+	if named == len(byUE) {
+		return
+	}
 	byPhone := make(map[phone]*store.Registration, len(snap.Registrations))
 	for i := range snap.Registrations {
 		r := &snap.Registrations[i]
-		if sets := byUE[r.Context]; last[r.Context] == nil && (len(sets) == 0 || !sets[0].Clear) {
+		if sets := byUE[r.Context]; superseded[r.Context] == nil && (len(sets) == 0 || !sets[0].Clear) {
 			byPhone[phone{r.IMPI, r.Addr, r.Emergency}] = r
 		}
 	}
-	named := make(map[store.Context]bool, len(snap.Registrations))
+	known := make(map[store.Context]bool, len(snap.Registrations))
 	for i := range snap.Registrations {
-		named[snap.Registrations[i].Context] = true
+		known[snap.Registrations[i].Context] = true
 	}
 	for c, sets := range byUE {
 		s := &sets[0]
-		if r := byPhone[phone{s.IMPI, s.Addr, s.Emergency}]; r != nil && !named[c] && !s.Clear && r.Worker != c.Worker {
+		if r := byPhone[phone{s.IMPI, s.Addr, s.Emergency}]; r != nil && !known[c] && !s.Clear && r.Worker != c.Worker {
 			byUE[r.Context] = l.rename(append(byUE[r.Context], sets...), r)
 			delete(byUE, c)
 		}
