@@ -95,6 +95,8 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 	stopWatch := keep.watch(ctx, cfg, shared, back, metrics)
 	defer func() { err = errors.Join(err, stopWatch()) }()
 	defer door.watch(ctx, shared.Fleet, cfg.Store.Reconcile, metrics)()
+	var f *front.Front
+	shared.Home = func(addr netip.Addr, worker int) error { return f.Move(addr, worker) } // operators ask once there is a front
 	handlers := make([]front.Handler, workers)
 	for i := range workers {
 		w, err := proxy.New(shared, i, measured{door.behind(back), metrics}, metrics, log.With("worker", i))
@@ -114,8 +116,7 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		observeSteering(metrics, steering)
 		fc.Steering = steering
 	}
-	f, err := front.New(fc, handlers)
-	if err != nil {
+	if f, err = front.New(fc, handlers); err != nil {
 		return fmt.Errorf("open sockets: %w", err)
 	}
 	defer func() {

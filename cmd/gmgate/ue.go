@@ -24,6 +24,7 @@ const ueUsage = `usage: gmgate ue COMMAND [FLAGS]
   list                                         the phones
   show NAME                                    one of them, with its SA sets
   deregister AOR | --contact ADDRESS:PORT      end registrations, as the network does
+  move NAME WORKER                             give one of them to another worker, with all at its address
 
 NAME is an IMPI, a public identity (with or without sip: or tel:), an address, or an id of the list;
 AOR is the same without the address. A phone is ended with all its identities.
@@ -45,6 +46,7 @@ const ueWidth = 110
 type ueFlags struct {
 	command      string
 	name         string // NAME or AOR
+	worker       int    // move
 	file, socket string
 	json         bool
 	limit        int
@@ -81,7 +83,7 @@ func ueParse(args []string, stdout, stderr io.Writer) (o ueFlags, code int) {
 	case "help", "-h", "-help", "--help":
 		_, _ = io.WriteString(stdout, ueUsage)
 		return o, 0
-	case "list", "show", "deregister":
+	case "list", "show", "deregister", "move":
 	default:
 		_, _ = fmt.Fprintf(stderr, "gmgate ue: no command %q\n\n%s", o.command, ueUsage)
 		return o, 2
@@ -98,9 +100,10 @@ func ueParse(args []string, stdout, stderr io.Writer) (o ueFlags, code int) {
 		fs.StringVar(&o.addr, "addr", "", "only phones at this `address`")
 		fs.IntVar(&o.limit, "limit", 1000, "at most so many")
 	}
-	if o.command == "show" {
+	switch o.command {
+	case "show":
 		fs.BoolVar(&o.sequences, "sequences", false, "with the sequence numbers of the SAs; asks for all SAs, which may take long")
-	} else {
+	case "list", "deregister":
 		fs.StringVar(&o.contact, "contact", "", "the phone with this contact, `address:port`")
 	}
 	// Flags may stand behind the name as well.
@@ -127,6 +130,17 @@ func ueParse(args []string, stdout, stderr io.Writer) (o ueFlags, code int) {
 func (o *ueFlags) check(names []string) string {
 	if len(names) > 0 {
 		o.name = names[0]
+	}
+	if o.command == "move" {
+		if len(names) != 2 {
+			return "want a phone and the number of a worker"
+		}
+		n, err := strconv.ParseUint(names[1], 10, 8)
+		if err != nil {
+			return fmt.Sprintf("%q is not the number of a worker", names[1])
+		}
+		o.worker = int(n)
+		return ""
 	}
 	switch {
 	case o.command == "list" && len(names) > 0 || len(names) > 1:
@@ -165,6 +179,8 @@ func ueRun(ctx context.Context, o *ueFlags, stdout io.Writer) error {
 		} else {
 			list, err = c.DeregisterAOR(ctx, o.name)
 		}
+	case "move":
+		list, err = ueMove(ctx, c, o.name, o.worker)
 	}
 	if err != nil {
 		return err
@@ -180,11 +196,39 @@ func ueRun(ctx context.Context, o *ueFlags, stdout io.Writer) error {
 		out = formatUEs(list, time.Now())
 	case "deregister":
 		out = formatEnded(list, time.Now())
+	case "move":
+		out = formatMoved(list)
 	}
 	if _, err := io.WriteString(stdout, out); err != nil {
 		return fmt.Errorf("print: %w", err)
 	}
 	return nil
+}
+
+// ueMove moves a phone. A name that means phones at several addresses is refused.
+func ueMove(ctx context.Context, c *admin.Client, name string, worker int) ([]admin.UE, error) {
+	found, err := c.Find(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	for i := range found {
+		if found[i].Address != found[0].Address {
+			return nil, &admin.Error{
+				Text: fmt.Sprintf("%q is at %s and %s", name, found[0].Address, found[i].Address), Hint: "name one by its address or id",
+			}
+		}
+	}
+	return c.Move(ctx, found[0].ID, worker)
+}
+
+// formatMoved says what a move did.
+func formatMoved(list []admin.UE) string {
+	var b strings.Builder
+	for i := range list {
+		u := &list[i]
+		_, _ = fmt.Fprintf(&b, "%s at %s is with worker %d now, as %s\n", printable(u.IMPI), u.Address, u.Worker, u.ID)
+	}
+	return b.String()
 }
 
 // socketPath finds the daemon's socket, by what the command line says of its configuration or of the socket itself.

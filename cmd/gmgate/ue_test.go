@@ -169,6 +169,15 @@ func (g gate) Deregister(ctx context.Context, q proxy.UEQuery) ([]proxy.UEInfo, 
 	return list, err
 }
 
+func (g gate) Move(ctx context.Context, id proxy.UEID, worker int) ([]proxy.UEInfo, error) {
+	if worker > 3 {
+		return nil, proxy.ErrNoWorker
+	}
+	list, _, err := g.UEs(ctx, proxy.UEQuery{ID: id}, proxy.UEID{}, 1)
+	list[0].ID.Worker = worker
+	return list, err
+}
+
 func (g gate) Loads(context.Context) ([]proxy.Load, error) { return nil, nil }
 
 func TestUECommand(t *testing.T) {
@@ -208,6 +217,12 @@ func TestUECommand(t *testing.T) {
 		{"deregister --contact 10.45.0.1:6300 -f " + file, 0, "ended one@ims.example"},
 		{"deregister nobody -f " + file, 1, "no registration matches"},
 		{"deregister --contact 10.45.0.1 -f " + file, 1, "address:port"},
+		{"move one@ims.example 2 -f " + file, 0, "one@ims.example at 10.45.0.1 is with worker 2 now, as 2-1-0"},
+		{"move 10.45.0.1 3 --json -f " + file, 0, `"id": "3-1-0"`},
+		{"move one@ims.example 4 -f " + file, 1, "hint: the workers are in /v1/status"},
+		{"move nobody 1 -f " + file, 1, "see gmgate ue list"},
+		{"move one@ims.example", 2, "number of a worker"},
+		{"move one@ims.example two", 2, `"two" is not`},
 		{"list --addr here -f " + file, 1, "not an IP address"},
 		{"list -c " + off, 1, "switched off"},
 		{"list --socket " + dir + "/absent", 1, "is gmgate running"},

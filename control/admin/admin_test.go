@@ -69,6 +69,16 @@ func (s *source) Deregister(_ context.Context, q proxy.UEQuery) ([]proxy.UEInfo,
 	return list, s.err
 }
 
+func (s *source) Move(_ context.Context, id proxy.UEID, worker int) ([]proxy.UEInfo, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := slices.Clone(s.choose(proxy.UEQuery{ID: id}))
+	for i := range list {
+		list[i].ID.Worker = worker
+	}
+	return list, s.err
+}
+
 func (s *source) Loads(context.Context) ([]proxy.Load, error) {
 	return []proxy.Load{{Worker: 0, UEs: 3, SPIs: 6}, {Worker: 1, UEs: 4, SPIs: 10}}, s.err
 }
@@ -459,5 +469,48 @@ func TestUnreachable(t *testing.T) {
 			t.Errorf("%s: %v", path, err)
 		}
 		c.Close()
+	}
+}
+
+// A move, and what refuses it.
+func TestMove(t *testing.T) {
+	b := newBed(t, 2)
+	ues, err := b.client.Move(t.Context(), "1-2-2", 0)
+	if err != nil || len(ues) != 1 || ues[0].Worker != 0 || ues[0].ID != "0-2-2" {
+		t.Errorf("moved: %+v, %v", ues, err)
+	}
+	if got := b.log.String(); !strings.Contains(got, "operator moved a UE") || !strings.Contains(got, fmt.Sprintf("uid=%d", os.Getuid())) {
+		t.Errorf("log: %s", got)
+	}
+	status := func(err error) (code int, hint string) {
+		if e, ok := errors.AsType[*Error](err); ok {
+			return e.Status, e.Hint
+		}
+		return 0, ""
+	}
+	for _, tt := range []struct {
+		err  error
+		code int
+		hint string
+	}{
+		{proxy.ErrNoUE, http.StatusNotFound, "/v1/ues"},
+		{proxy.ErrNoWorker, http.StatusNotFound, "/v1/status"},
+		{fmt.Errorf("%w: a REGISTER is under way", proxy.ErrBusy), http.StatusConflict, "try again"},
+		{proxy.ErrFixed, http.StatusConflict, ""},
+		{proxy.ErrWorkerGone, http.StatusServiceUnavailable, "overloaded"},
+	} {
+		b.src.err = fmt.Errorf("move: %w", tt.err)
+		_, err := b.client.Move(t.Context(), "1-2-2", 0)
+		if code, hint := status(err); code != tt.code || !strings.Contains(hint, tt.hint) || !strings.Contains(err.Error(), tt.err.Error()) {
+			t.Errorf("%v: status %d, %v, hint %q", tt.err, code, err, hint)
+		}
+	}
+	b.src.err = nil
+	for _, body := range []any{
+		Move{ID: "1-2-2"}, Move{Worker: new(int)}, map[string]any{"id": "1-2-2", "worker": "one"}, map[string]any{"id": "1-2-2", "worker": 1, "x": 1},
+	} {
+		if code, _ := status(b.client.call(t.Context(), http.MethodPost, "/v1/move", body, new(Moved))); code != http.StatusBadRequest {
+			t.Errorf("%+v: status %d", body, code)
+		}
 	}
 }

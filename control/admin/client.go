@@ -199,6 +199,13 @@ func (c *Client) Deregister(ctx context.Context, t Target) ([]UE, error) {
 	return e.UEs, err
 }
 
+// Move gives the UE contexts at the address of a UE to another worker.
+func (c *Client) Move(ctx context.Context, id string, worker int) ([]UE, error) {
+	var m Moved
+	err := c.call(ctx, http.MethodPost, "/v1/move", Move{ID: id, Worker: &worker}, &m)
+	return m.UEs, err
+}
+
 // DeregisterAOR ends the registrations of an id, or of a private or public identity.
 func (c *Client) DeregisterAOR(ctx context.Context, aor string) ([]UE, error) {
 	if _, err := proxy.ParseUEID(aor); err == nil {

@@ -5,6 +5,7 @@
 //	GET  /v1/ues?impi=&impu=&addr=&contact=&limit=&after=    UE contexts, in pages
 //	GET  /v1/ues/{id}?sequences=                        one of them, with its sequence numbers where that is true
 //	POST /v1/deregister {"impi"|"impu"|"contact"|"id"}  end registrations as the network does (TS 24.229 §5.2.5)
+//	POST /v1/move {"id", "worker"}                      give the UE contexts at an address to another worker
 //	GET  /v1/guard                                      the packet filter in front: hooks, tables, counters
 //	GET  /v1/drops                                      samples of what it drops, a line of JSON each, until the client leaves
 //

@@ -40,6 +40,8 @@ type Source interface {
 	UEs(ctx context.Context, q proxy.UEQuery, after proxy.UEID, limit int) ([]proxy.UEInfo, bool, error)
 	// Deregister ends the registrations that a query chooses.
 	Deregister(ctx context.Context, q proxy.UEQuery) ([]proxy.UEInfo, error)
+	// Move gives the UE contexts at the address of a UE to another worker.
+	Move(ctx context.Context, id proxy.UEID, worker int) ([]proxy.UEInfo, error)
 	// Loads returns the load of every worker.
 	Loads(ctx context.Context) ([]proxy.Load, error)
 }
@@ -91,6 +93,7 @@ func NewServer(cfg Config) *Server {
 		{http.MethodGet, "/v1/ues", s.handle(s.ues)},
 		{http.MethodGet, "/v1/ues/{id}", s.handle(s.ue)},
 		{http.MethodPost, "/v1/deregister", s.handle(s.deregister)},
+		{http.MethodPost, "/v1/move", s.handle(s.move)},
 		{http.MethodGet, "/v1/guard", s.handle(s.guard)},
 		{http.MethodGet, "/v1/drops", s.drops},
 	} {
@@ -294,16 +297,8 @@ func (s *Server) ue(r *request) (any, error) {
 
 func (s *Server) deregister(r *request) (any, error) {
 	var t Target
-	dec := json.NewDecoder(r.Body)
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&t); err != nil {
-		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-			return nil, &failure{http.StatusRequestEntityTooLarge, Problem{Text: fmt.Sprintf("the request is longer than %d bytes", maxBody)}}
-		}
-		return nil, badRequest(`such as {"impi": "001010000000001@ims.example"}`, "the request is not a target: %v", err)
-	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return nil, badRequest("", "there is something behind the target")
+	if err := read(r, &t, "target", `such as {"impi": "001010000000001@ims.example"}`); err != nil {
+		return nil, err
 	}
 	q, err := t.query()
 	if err != nil {
@@ -320,6 +315,57 @@ func (s *Server) deregister(r *request) (any, error) {
 		return nil, &failure{http.StatusNotFound, Problem{Text: "no registration matches " + t.String(), Hint: "see gmgate ue list"}}
 	}
 	return Ended{UEs: uesOf(ended)}, nil
+}
+
+// read reads the body of a request, which must be one value and nothing else.
+func read(r *request, v any, what, hint string) error {
+	dec := json.NewDecoder(r.Body)
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+			return &failure{http.StatusRequestEntityTooLarge, Problem{Text: fmt.Sprintf("the request is longer than %d bytes", maxBody)}}
+		}
+		return badRequest(hint, "the request is not a %s: %v", what, err)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return badRequest("", "there is something behind the %s", what)
+	}
+	return nil
+}
+
+func (s *Server) move(r *request) (any, error) {
+	const hint = `such as {"id": "0-17-3", "worker": 1}`
+	var m Move
+	if err := read(r, &m, "move", hint); err != nil {
+		return nil, err
+	}
+	id, err := readID(m.ID)
+	switch {
+	case err != nil:
+		return nil, err
+	case m.Worker == nil:
+		return nil, badRequest(hint, "the move has no worker")
+	}
+	ues, err := s.cfg.Source.Move(r.Context(), id, *m.Worker)
+	for i := range ues {
+		s.cfg.Logger.Info("operator moved a UE", "impi", ues[i].IMPI, "ue", ues[i].Addr, "worker", *m.Worker, "uid", r.uid)
+	}
+	refused := func(status int, hint string) error {
+		return &failure{status, Problem{Text: err.Error(), Hint: hint}}
+	}
+	switch {
+	case errors.Is(err, proxy.ErrNoUE):
+		return nil, refused(http.StatusNotFound, "it may have left, or moved: see /v1/ues")
+	case errors.Is(err, proxy.ErrNoWorker):
+		return nil, refused(http.StatusNotFound, "the workers are in /v1/status")
+	case errors.Is(err, proxy.ErrBusy):
+		return nil, refused(http.StatusConflict, "try again when that is over")
+	case errors.Is(err, proxy.ErrFixed):
+		return nil, refused(http.StatusConflict, "")
+	case err != nil:
+		return nil, err
+	}
+	return Moved{UEs: uesOf(ues)}, nil
 }
 
 // String prints what the target names.

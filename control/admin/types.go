@@ -140,6 +140,17 @@ type Ended struct {
 	UEs []UE `json:"ended"`
 }
 
+// Move is what POST /v1/move asks for: the UE contexts at the address of a UE go to another worker.
+type Move struct {
+	ID     string `json:"id"`
+	Worker *int   `json:"worker"`
+}
+
+// Moved is what POST /v1/move answers: the UE contexts as they are at their new worker, where they have other ids.
+type Moved struct {
+	UEs []UE `json:"moved"`
+}
+
 // Problem is the answer to a request that failed.
 type Problem struct {
 	Text string `json:"error"`

@@ -124,7 +124,7 @@ func (w *Worker) unlessProtected(tx *regTx, then func()) {
 		w.asking[tx.impi] = q
 	}
 	q.open++
-	w.cfg.Fleet.anyOther(w, func(o *Worker) bool { return o.table.Protected(tx.impi) }, func(elsewhere bool, err error) {
+	w.cfg.Fleet.anyOther(w, func(o *Worker) bool { return o.protects(tx.impi) }, func(elsewhere bool, err error) {
 		if q.open--; q.open == 0 {
 			delete(w.asking, tx.impi)
 		}

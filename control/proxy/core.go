@@ -38,6 +38,9 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 		return
 	}
 	u := w.ueOf(t)
+	if u == nil && w.awaits(t, f) {
+		return
+	}
 	if u == nil {
 		w.refuse(f, nil, 430, "Flow Failed", "Route: the registration is gone", observe.ReasonStaleToken)
 		return
@@ -278,6 +281,9 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 		return
 	}
 	u := w.table.Lookup(t.ue, t.gen)
+	if u == nil && w.awaits(t, f) {
+		return
+	}
 	if u == nil {
 		w.obs.Drop(observe.ReasonStaleToken)
 		return

@@ -22,6 +22,9 @@ type Fleet struct {
 	mu      sync.RWMutex
 	workers []*Worker // those that have booted
 	sets    atomic.Int64
+	names   renames // of UE contexts that have moved
+
+	departed, arrived atomic.Int64 // moves that have begun to be on their way, and that have ended
 }
 
 func (f *Fleet) join(w *Worker) {
@@ -76,8 +79,22 @@ func (f *Fleet) walk(ctx context.Context, visit func(*Worker, *registrar.UE)) er
 }
 
 // Sets returns the ids of the sets which the workers believe the backend to hold, each with whether the store keeps it, and
-// those of the address associations, of which the backend knows nothing.
+// those of the address associations, of which the backend knows nothing. It looks again where a UE may have been missed because
+// it was on its way from one worker to another.
 func (f *Fleet) Sets(ctx context.Context) (sets, clear map[uint64]bool, err error) {
+	for range setsTries {
+		arrived := f.arrived.Load()
+		if sets, clear, err = f.listSets(ctx); err != nil || f.departed.Load() == arrived {
+			break
+		}
+	}
+	return sets, clear, err
+}
+
+// setsTries is how often Sets looks at most: there may be a move at any time, but not of the same UE.
+const setsTries = 3
+
+func (f *Fleet) listSets(ctx context.Context) (sets, clear map[uint64]bool, err error) {
 	sets, clear = make(map[uint64]bool), make(map[uint64]bool)
 	err = f.walk(ctx, func(_ *Worker, u *registrar.UE) {
 		for _, s := range u.Sets {
@@ -172,4 +189,5 @@ func (w *Worker) leave(impi string, except netip.Addr) {
 		w.table.Deregister(u, w.cfg.Registrar.OldSet)
 		w.unwatch(u, true) // the core may have both contacts
 	}
+	w.follow(impi, except)
 }

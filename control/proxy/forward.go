@@ -90,7 +90,7 @@ func (w *Worker) readBranch(b []byte) (t token, digits []byte, ok bool) {
 		return token{}, nil, false
 	}
 	t, ok = w.seal.open(&w.sc, b[len(branchMark):len(branchMark)+tokenLen])
-	return t, b[len(branchMark)+tokenLen:], ok
+	return w.cfg.renamed(t), b[len(branchMark)+tokenLen:], ok
 }
 
 // offset returns where a part of the current message begins.
@@ -321,7 +321,7 @@ func (w *Worker) rewriteRecordRoute(s *registrar.Set, toUE, tcp bool) {
 			if err != nil || len(u.User) != tokenLen || !w.ownGm(&u) && !w.ownMw(&u) {
 				continue
 			}
-			if t, ok := w.seal.open(&w.sc, u.User); !ok || t != ours {
+			if t, ok := w.seal.open(&w.sc, u.User); !ok || w.cfg.renamed(t) != ours {
 				continue
 			}
 			start := w.offset(u.User) + len(u.User)

@@ -168,13 +168,19 @@ func (w *Worker) resubscribe() {
 	}
 	spread := max(w.subs.cfg.Spread, time.Duration(w.table.UEs())*resubscribePace)
 	w.table.Each(func(u *registrar.UE) bool {
-		if u.State == registrar.Registered && wantsSubscription(u) {
-			s := w.newSubscription(u)
-			w.wheel.Schedule(&s.other, time.Duration(w.subs.cfg.Jitter()*float64(spread)), func() {
-				w.watch(u, u.Expires.Sub(w.eg.Now()), false)
-			})
-		}
+		w.resubscribeUE(u, spread)
 		return true
+	})
+}
+
+// resubscribeUE does so for one of them, within some time.
+func (w *Worker) resubscribeUE(u *registrar.UE, spread time.Duration) {
+	if !w.cfg.RegEvent.Enabled || u.State != registrar.Registered || !wantsSubscription(u) {
+		return
+	}
+	s := w.newSubscription(u)
+	w.wheel.Schedule(&s.other, time.Duration(w.subs.cfg.Jitter()*float64(spread)), func() {
+		w.watch(u, u.Expires.Sub(w.eg.Now()), false)
 	})
 }
 

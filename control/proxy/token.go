@@ -42,14 +42,21 @@ type Name struct {
 }
 
 // renamed returns the token with the present name of its UE context: a token lives as long as the registration or dialog
-// that it stands in, over restarts with another number of workers.
+// that it stands in, over restarts with another number of workers and moves from worker to worker.
 func (c *Config) renamed(t token) token {
-	if len(c.Moved) == 0 || t.kind == tokenClear {
+	if t.kind == tokenClear {
 		return t
 	}
-	if n, ok := c.Moved[Name{t.worker, t.ue, t.gen}]; ok {
-		t.worker, t.ue, t.gen = n.Worker, n.UE, n.Gen
+	n := Name{t.worker, t.ue, t.gen}
+	if len(c.Moved) > 0 {
+		if now, ok := c.Moved[n]; ok {
+			n = now
+		}
 	}
+	if c.Fleet != nil {
+		n = c.Fleet.names.newest(n)
+	}
+	t.worker, t.ue, t.gen = n.Worker, n.UE, n.Gen
 	return t
 }
 

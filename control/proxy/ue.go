@@ -137,12 +137,20 @@ func (w *Worker) deliverToCore(f ims.Flow, s *registrar.Set, hop ims.Hop, method
 	if hop.Transport == ims.TCP {
 		req := append([]byte(nil), w.m.Bytes()...)
 		fail = func() {
-			if s.Live() && w.m.Scan(req) == nil {
+			if s := w.setOf(f); s != nil && w.m.Scan(req) == nil { // it may have gone, or moved
 				w.refuse(f, s, 503, "Service Unavailable", "no connection to the core", observe.ReasonCoreUnreachable)
 			}
 		}
 	}
 	w.sendToCore(hop, w.out, method, fail)
+}
+
+// setOf returns the live set that a message of a UE came in on, nil if this worker has it no more.
+func (w *Worker) setOf(f ims.Flow) *registrar.Set {
+	if f.Side == ims.GmClear {
+		return w.table.Holder(f)
+	}
+	return w.table.Find(f)
 }
 
 // hopFromUE finds the next hop of a request of a UE: the Service-Route for initial requests, the route set for those

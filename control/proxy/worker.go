@@ -57,10 +57,13 @@ type Config struct {
 	RegisterTimeout time.Duration
 	HealthInterval  time.Duration // zero: no OPTIONS to the next hops
 
-	Store    *store.Writer // keeps registrations over a restart; nil: nothing is kept
-	Fleet    *Fleet        // joins the workers of the process; nil for a single one
-	Witness  sa.Witness    // tells operators what came in before the ESP backend saw it; nil: nobody looks
-	Moved    map[Name]Name // UE contexts that a change of the number of workers has given another name
+	Store   *store.Writer // keeps registrations over a restart; nil: nothing is kept
+	Fleet   *Fleet        // joins the workers of the process; nil for a single one
+	Witness sa.Witness    // tells operators what came in before the ESP backend saw it; nil: nobody looks
+	Moved   map[Name]Name // UE contexts that a change of the number of workers has given another name
+	// Home has packets of an address go to a worker from now on, wherever they are read; Fleet.Move calls it on the loop of the
+	// worker that has the address. It may be called again to undo that. Nil: addresses stay where they are.
+	Home     func(addr netip.Addr, worker int) error
 	TokenKey ims.Key
 	SPIFirst ims.SPI
 	SPILast  ims.SPI
@@ -106,7 +109,10 @@ type Worker struct {
 	table *registrar.Table
 	kept  *Kept // to be restored by Boot
 
-	former map[*registrar.UE][]store.Freed // names of restored contexts with other workers
+	former   map[*registrar.UE][]store.Freed // names that contexts have had with other workers, or in runs before
+	away     map[string][]departed           // contexts that have gone to other workers, by IMPI
+	passages map[netip.Addr]*passage         // addresses that are other workers'
+	coming   map[Name]struct{}               // of contexts that have places here and are not there yet
 
 	inst sa.Installer
 	spis *sa.SPIPool
@@ -162,7 +168,8 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 	w := &Worker{
 		cfg: cfg, id: id, log: log, obs: m.Worker(id), metrics: m, seal: seal, inst: inst, spis: spis,
 		mwPort: cfg.MwPort + uint16(id), rules: cfg.Policy, inClear: make(map[uint64]*registrar.UE), asking: make(map[string]*asking),
-		former: make(map[*registrar.UE][]store.Freed),
+		former: make(map[*registrar.UE][]store.Freed), away: make(map[string][]departed), passages: make(map[netip.Addr]*passage),
+		coming: make(map[Name]struct{}),
 		txs:    make(map[txKey]*regTx), newest: make(map[registrar.Key]*regTx), waiting: newPendingQueue(), answered: newPendingQueue(),
 		protected: newPendingQueue(),
 		conns:     make(map[ims.ConnID]*registrar.Set),
@@ -183,6 +190,9 @@ func (w *Worker) Boot(eg Egress) {
 	w.eg, w.began = eg, eg.Now()
 	w.wheel = wheel.New(wheelTick, eg.Now())
 	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Post, setObserver{w})
+	if w.cfg.Fleet != nil {
+		w.table.SendSPIs(w.sendSPIs)
+	}
 	w.startSubscriptions()
 	if w.cfg.Store != nil {
 		w.table.Keep(journal{w})
@@ -207,6 +217,9 @@ func (w *Worker) Table() *registrar.Table { return w.table }
 
 // Message handles one complete SIP message. b may be modified; it is not kept.
 func (w *Worker) Message(f ims.Flow, b []byte) {
+	if len(w.passages) > 0 && f.Side != ims.Mw && w.passes(f, b) {
+		return
+	}
 	m := &w.m
 	if err := m.Scan(b); err != nil {
 		w.malformed(f, err)
@@ -425,6 +438,7 @@ func (o setObserver) Unexpected(fsm string, state, event fmt.Stringer) {
 func (o setObserver) AwaitAuthExpired() { o.w.obs.AwaitAuthExpired() }
 
 func (o setObserver) Gone(u *registrar.UE) {
+	o.w.releaseNames(u.IMPI, o.w.former[u])
 	delete(o.w.former, u)
 	if u.Clear {
 		o.w.forgetClear(u)

@@ -196,9 +196,12 @@ func (t *Table) Mend(sets map[uint64]sa.Counters, answered func()) (n int) {
 		p := s.Params
 		p.Hard = s.Deadline.Sub(t.now()) + hardMargin
 		t.installer.Remove(p, func(error) {})
+		s.due.Add(1)
 		t.installer.Install(p, func(err error) {
 			if err != nil {
-				t.onLoop(func() { t.remove(s) })
+				t.onLoop(func() { s.due.Add(-1); t.remove(s) })
+			} else {
+				s.due.Add(-1)
 			}
 			answered()
 		})

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/gmgate/gmgate/control/ims"
@@ -287,6 +288,7 @@ type Set struct {
 	ConnOut  ims.ConnID // connection opened by us, pc to us
 
 	timer wheel.Timer
+	due   atomic.Int32 // answers of the backend that something here waits for
 }
 
 // Agreement is how a security agreement was made, for the comparison with what SM7 says of it (RFC 3329 §2.3.1).
@@ -386,6 +388,9 @@ type Table struct {
 	pending     int    // their sum
 	queue       []*Set // in the order of their beginning, some confirmed and dead ones among them
 	nextID      uint64
+
+	retired  map[uint32]uint16 // generations of contexts that other tables have now, by their index here
+	sendSPIs func(...ims.SPI)  // frees those of other workers' pools; nil: nobody does
 }
 
 // New makes an empty table. worker makes set ids unique in the process, post runs a function on the worker's loop.
@@ -801,14 +806,8 @@ func (t *Table) pickPorts(u *UE, o *Offer) (ps, pc uint16, err error) {
 }
 
 func (t *Table) add(k Key, local netip.Addr) *UE {
-	var index uint32
-	switch n := len(t.free); {
-	case n > 0:
-		index, t.free = t.free[n-1], t.free[:n-1]
-	case len(t.ues) <= MaxUEs:
-		index = uint32(len(t.ues))
-		t.reserve(index)
-	default:
+	index, ok := t.place()
+	if !ok {
 		return nil
 	}
 	u := &UE{
@@ -819,6 +818,20 @@ func (t *Table) add(k Key, local netip.Addr) *UE {
 	t.index(u)
 	t.obs.UEs(Pending, 1)
 	return u
+}
+
+// place takes an index that no context has.
+func (t *Table) place() (index uint32, ok bool) {
+	switch n := len(t.free); {
+	case n > 0:
+		index, t.free = t.free[n-1], t.free[:n-1]
+	case len(t.ues) <= MaxUEs:
+		index = uint32(len(t.ues))
+		t.reserve(index)
+	default:
+		return 0, false
+	}
+	return index, true
 }
 
 // freeSerial returns a serial that no set of the UE bears.
@@ -973,17 +986,22 @@ func (t *Table) extend(s *Set, life time.Duration) {
 // goes on refusing would let the SAs die while we believe in them, so the set goes.
 func (t *Table) backstop(s *Set, tries int) {
 	s.Hard = s.Deadline.Sub(t.now()) + hardMargin
+	s.due.Add(1)
 	t.installer.Extend(s.Params, s.Hard, func(err error) {
 		if err == nil {
+			s.due.Add(-1)
 			return
 		}
 		t.onLoop(func() {
 			switch {
 			case s.Phase == sa.Dead:
+				s.due.Add(-1)
 			case tries <= 1:
+				s.due.Add(-1)
 				t.remove(s)
 			default:
 				t.wheel.Schedule(new(wheel.Timer), extendRetry, func() {
+					s.due.Add(-1)
 					if s.Phase != sa.Dead {
 						t.backstop(s, tries-1)
 					}
@@ -1094,9 +1112,13 @@ func (t *Table) uninstall(s *Set) {
 	})
 }
 
+// freeSPIs gives the SPIs of a set back to the pool that they were taken from.
 func (t *Table) freeSPIs(s *Set) {
-	t.spis.Free(s.SPIs.PC)
-	t.spis.Free(s.SPIs.PS)
+	if t.sendSPIs != nil && !t.spis.Covers(s.SPIs.PC) { // both are of one pool
+		t.sendSPIs(s.SPIs.PC, s.SPIs.PS)
+	} else {
+		t.Free(s.SPIs.PC, s.SPIs.PS)
+	}
 	s.Keys.Zero()
 }
 

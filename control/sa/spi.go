@@ -106,7 +106,7 @@ probe:
 // Reserve takes a certain value: one that was given out before a restart, or that somebody else uses. It reports false for
 // one that lies outside the range or is taken.
 func (p *SPIPool) Reserve(spi ims.SPI) bool {
-	if uint64(spi) < p.first || uint64(spi) >= p.first+p.size {
+	if !p.Covers(spi) {
 		return false
 	}
 	if _, taken := p.inUse[spi]; taken {
@@ -118,6 +118,11 @@ func (p *SPIPool) Reserve(spi ims.SPI) bool {
 
 // Free gives a value back. One that is not in use is ignored, so a double release cannot put a value into the pool twice.
 func (p *SPIPool) Free(spi ims.SPI) { delete(p.inUse, spi) }
+
+// Covers reports whether a value is of the pool's range.
+func (p *SPIPool) Covers(spi ims.SPI) bool {
+	return uint64(spi) >= p.first && uint64(spi) < p.first+p.size
+}
 
 // InUse returns how many values are taken; Capacity how many can be.
 func (p *SPIPool) InUse() int { return len(p.inUse) }

@@ -286,6 +286,7 @@ func (l *loader) assemble(snap *store.Snapshot) {
 			w.Freed = append(w.Freed, f)
 		}
 	}
+	l.gather(snap, byUE)
 	for i := range snap.Registrations {
 		r := &snap.Registrations[i]
 		sets := byUE[r.Context]
@@ -310,6 +311,94 @@ func (l *loader) assemble(snap *store.Snapshot) {
 			l.discard(&sets[i], errNoRegistration)
 		}
 	}
+}
+
+// phone is what a context of SA sets is of.
+type phone struct {
+	impi      string
+	addr      netip.Addr
+	emergency bool
+}
+
+// gather brings the sets of a context together that was moved from worker to worker while the last run lived: its record from
+// before stays until it ends, and the crash may have come before every set was written with its new name. The context is the one
+// whose former names hold those of the others.
+func (l *loader) gather(snap *store.Snapshot, byUE map[store.Context][]store.Set) {
+	if !slices.ContainsFunc(snap.Registrations, func(r store.Registration) bool { return len(r.Former) > 0 }) {
+		l.gatherNameless(snap, byUE, nil)
+		return
+	}
+	byName := make(map[Name]*store.Registration, len(snap.Registrations))
+	for i := range snap.Registrations {
+		byName[Name{snap.Registrations[i].Context, snap.Registrations[i].Gen}] = &snap.Registrations[i]
+	}
+	last := make(map[store.Context]*store.Registration) // the latest record of a context that has several, by the place of the others
+	for i := range snap.Registrations {
+		r := &snap.Registrations[i]
+		for _, f := range r.Former {
+			o := byName[Name(f)]
+			if o == nil || o.IMPI != r.IMPI || o.Addr != r.Addr || o.Emergency != r.Emergency {
+				continue
+			}
+			if have := last[o.Context]; have == nil || len(have.Former) < len(r.Former) {
+				last[o.Context] = r
+			}
+		}
+	}
+	for from, r := range last {
+		for next := r; next != nil; next = last[next.Context] { // of many names the latest may not remember the oldest
+			r = next
+		}
+		if sets := byUE[from]; len(sets) > 0 {
+			byUE[r.Context] = l.rename(append(byUE[r.Context], sets...), r)
+			delete(byUE, from)
+		}
+	}
+	l.gatherNameless(snap, byUE, last)
+}
+
+// gatherNameless is gather the other way round: a set may bear a name whose record was not written. superseded are the places of
+// records that are not the latest of their context.
+func (l *loader) gatherNameless(snap *store.Snapshot, byUE map[store.Context][]store.Set, superseded map[store.Context]*store.Registration) {
+	named := 0
+	for i := range snap.Registrations {
+		if len(byUE[snap.Registrations[i].Context]) > 0 {
+			named++
+		}
+	}
+	if named == len(byUE) {
+		return
+	}
+	byPhone := make(map[phone]*store.Registration, len(snap.Registrations))
+	for i := range snap.Registrations {
+		r := &snap.Registrations[i]
+		if sets := byUE[r.Context]; superseded[r.Context] == nil && (len(sets) == 0 || !sets[0].Clear) {
+			byPhone[phone{r.IMPI, r.Addr, r.Emergency}] = r
+		}
+	}
+	known := make(map[store.Context]bool, len(snap.Registrations))
+	for i := range snap.Registrations {
+		known[snap.Registrations[i].Context] = true
+	}
+	for c, sets := range byUE {
+		s := &sets[0]
+		if r := byPhone[phone{s.IMPI, s.Addr, s.Emergency}]; r != nil && !known[c] && !s.Clear && r.Worker != c.Worker {
+			byUE[r.Context] = l.rename(append(byUE[r.Context], sets...), r)
+			delete(byUE, c)
+		}
+	}
+}
+
+// rename has sets belong to the context of a record, here and in the store.
+func (l *loader) rename(sets []store.Set, r *store.Registration) []store.Set {
+	slices.SortFunc(sets, func(a, b store.Set) int { return cmp.Compare(a.ID, b.ID) })
+	for i := range sets {
+		if s := &sets[i]; s.Worker != r.Worker || s.UE != r.Index {
+			s.Worker, s.UE = r.Worker, r.Index
+			l.gone.Sets = append(l.gone.Sets, *s)
+		}
+	}
+	return sets
 }
 
 // newest returns the id of the last established set, zero if there is none.
