@@ -32,7 +32,10 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 	}
 	t = w.cfg.renamed(t)
 	if int(t.worker) != w.id {
-		if int(t.worker) >= w.cfg.Workers || f.Conn != 0 || w.eg.Hand(int(t.worker), f, m.Bytes()) != nil {
+		// The connection stays here. What the other worker answers goes on one that it opens (RFC 3261 §18.2.2).
+		there := f
+		there.Conn = 0
+		if int(t.worker) >= w.cfg.Workers || w.eg.Hand(int(t.worker), there, m.Bytes()) != nil {
 			w.refuse(f, nil, 430, "Flow Failed", "Route: no such flow", observe.ReasonStaleToken)
 		}
 		return

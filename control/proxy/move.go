@@ -138,7 +138,7 @@ func (m *move) begin() {
 	case w.cfg.Home == nil:
 		m.fail(fmt.Errorf("%w: packets cannot be steered", ErrFixed))
 		return
-	case w.cfg.MwTransport == ims.TCP: // nor can a connection be handed over, so requests to the name of before would get 430
+	case w.cfg.MwTransport == ims.TCP: // connections cannot follow: for good, all messages would come by the old worker
 		m.fail(fmt.Errorf("%w: the core is reached over TCP", ErrFixed))
 		return
 	}

@@ -1011,3 +1011,29 @@ func TestMoveConcurrently(t *testing.T) {
 	}
 	c.empty()
 }
+
+// A request that the core sends to the old worker over TCP goes to the phone as well. The connection stays where it is, so the
+// answers, our own among them, go on one to the sent-by (RFC 3261 §18.2.2).
+func TestMoveRequestOverTCP(t *testing.T) {
+	c := newCrew(t, 2)
+	p := c.rigs[0].registered()
+	c.settle()
+	path := c.rigs[0].path(p)
+	c.mustMove(p, 0, 1)
+	b := c.rigs[1]
+	f := scscf()
+	f.Transport, f.Conn, f.Remote = ims.TCP, 9, netip.MustParseAddrPort("10.0.1.7:40000")
+	invite := strings.Replace(mtInvite(path, ""), "SIP/2.0/UDP 10.0.1.7", "SIP/2.0/TCP 10.0.1.7", 1)
+	req := c.one(0, f, invite)
+	p.downlink(t, req)
+	wantDial := func(what string, out []sent) {
+		t.Helper()
+		if len(out) != 0 || len(b.l.dials) != 1 || b.l.dials[0].remote != scscf().Remote || len(c.rigs[0].l.dials) != 0 {
+			t.Errorf("%s: sent %v, dials %v and %v", what, out, c.rigs[0].l.dials, b.l.dials)
+		}
+	}
+	wantDial("answer of the phone", c.deliver(1, p.protectedFlow, answerTo(t, req.msg, "180 Ringing")))
+	b.l.dials = nil
+	clear(b.w.mwDial)
+	wantDial("our own", c.deliver(0, f, strings.Replace(invite, "Max-Forwards: 67", "Max-Forwards: 0", 1)))
+}

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"encoding/hex"
 	"net/netip"
 	"slices"
@@ -203,6 +204,11 @@ func (w *Worker) sendReply(f ims.Flow, s *registrar.Set, msg []byte) {
 		v, err := sipmsg.ParseVia(w.m.Get(sipmsg.Via))
 		if err != nil {
 			w.obs.Drop(observe.ReasonMalformed)
+			return
+		}
+		if f.Transport == ims.TCP { // handed over by the worker that has the connection
+			to := netip.AddrPortFrom(f.Remote.Addr(), cmp.Or(v.Port, defaultPort)) // RFC 3261 §18.2.2
+			w.sendToCore(ims.Hop{Addr: to, Transport: ims.TCP}, msg, sipmsg.MethodOther, nil)
 			return
 		}
 		w.count(w.eg.SendUDP(f.Local, clearTarget(&v, f), msg))
