@@ -54,7 +54,9 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 begin, __u32 v
 			return DROP_MALFORMED;
 		at += sizeof(ip);
 	}
-	// The loop ends with its condition, a jump: kernels before 6.8 take no other that goes back.
+	// Unrolled: kernels before 6.8 take no loop that goes back otherwise than by its condition, and Linux 6.1 refuses, without
+	// CAP_PERFMON, what the compiler makes of one that is not: numbers in a place of the stack where a pointer was.
+#pragma unroll
 	for (int i = 0; i < MAX_EXTENSIONS; i++) {
 		struct extension here;
 
