@@ -511,7 +511,13 @@ func phoneSilent(t *testing.T, s *scene) {
 }
 
 // slow answers REGISTER so late that the test can do something meanwhile.
-var slow = core.Behaviour{AlwaysChallenge: true, AnswerDelay: 300 * time.Millisecond}
+func slow() core.Behaviour {
+	b := core.Behaviour{AlwaysChallenge: true, AnswerDelay: 300 * time.Millisecond}
+	if slowMachine() {
+		b.AnswerDelay *= 4
+	}
+	return b
+}
 
 // newestWins: of two registrations at once the newest makes the SAs, the other one's 401 is passed on and makes none.
 func newestWins(t *testing.T, s *scene) {
@@ -525,7 +531,7 @@ func newestWins(t *testing.T, s *scene) {
 	before := registers()
 	s.a.byHand.Add(1)
 	var res ue.Result
-	s.behave(slow, func() {
+	s.behave(slow(), func() {
 		if err := s.a.u.SendRaw(true, ims.UDP, set.Ports.UC, set.Ports.PS, []byte(first)); err != nil {
 			t.Fatal(err)
 		}
@@ -552,7 +558,7 @@ func newestWins(t *testing.T, s *scene) {
 	s.habit(&cfg)
 	older, newer := s.endOf(t, i, cfg), s.endOf(t, i, cfg)
 	failed := make(chan error, 1)
-	s.behave(slow, func() {
+	s.behave(slow(), func() {
 		go func() { _, err := older.u.Register(s.ctx); failed <- err }()
 		if !eventually(s.ctx, caseTimeout, func() bool { return len(s.registersOf(s.subs[i].IMPI)) > 0 }) {
 			t.Fatal("the first REGISTER does not reach the core")
