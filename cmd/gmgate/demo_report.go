@@ -165,17 +165,20 @@ func (d *demo) verify(ctx context.Context) error {
 		}
 	}
 	witness("the phones", "found nothing wrong with what they received", problems)
+	var last map[string]float64
 	d.step(ctx, "gmgate's own metrics", func(ctx context.Context) (string, error) {
 		m, err := d.daemon.Metrics(ctx)
 		if err != nil {
 			return "", err
 		}
+		last = m
 		return d.checkMetrics(m)
 	})
 	d.step(ctx, "gmgate stops", func(context.Context) (string, error) {
 		return "in good order", d.daemon.Stop()
 	})
 	d.summary(stats, len(log))
+	d.guardSummary(last)
 	return nil
 }
 

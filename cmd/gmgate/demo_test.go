@@ -101,6 +101,9 @@ func TestDemo(t *testing.T) {
 					t.Errorf("the ladder has no %s", sm)
 				}
 			}
+			if !strings.Contains(out, "\n    guard (") && !strings.Contains(out, "\n    no guard:") {
+				t.Errorf("says nothing about the guard:\n%s", out)
+			}
 			for l := range strings.Lines(out) {
 				if n := utf8.RuneCountInString(strings.TrimSuffix(l, "\n")); n > demoWidth && !strings.Contains(l, file) {
 					t.Errorf("%d columns: %s", n, l)
