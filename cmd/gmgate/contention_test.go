@@ -20,6 +20,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/gmgate/gmgate/bench/contention"
 	"github.com/gmgate/gmgate/bench/lab"
 	"github.com/gmgate/gmgate/control/config"
 	"github.com/gmgate/gmgate/control/ims"
@@ -29,66 +30,6 @@ import (
 	"github.com/gmgate/gmgate/dataplane/hostnet"
 	"github.com/gmgate/gmgate/dataplane/sipmsg"
 )
-
-// profiled counts what a profile of the runtime has, by stack.
-type profiled map[string]int64
-
-// profile reads a profile.
-func profile(t *testing.T, read func([]runtime.BlockProfileRecord) (int, bool)) profiled {
-	t.Helper()
-	n, _ := read(nil)
-	for {
-		records := make([]runtime.BlockProfileRecord, n+100) // it grows meanwhile
-		var ok bool
-		if n, ok = read(records); !ok {
-			continue
-		}
-		p := make(profiled)
-		for _, r := range records[:n] {
-			var b strings.Builder
-			for frames := runtime.CallersFrames(r.Stack()); ; {
-				f, more := frames.Next()
-				fmt.Fprintf(&b, "%s %s:%d\n", f.Function, f.File, f.Line)
-				if !more {
-					break
-				}
-			}
-			p[b.String()] += r.Count
-		}
-		return p
-	}
-}
-
-// since returns the stacks that have come or happened again since before, and that match.
-func (p profiled) since(before profiled, match *regexp.Regexp) (stacks []string) {
-	for stack, n := range p {
-		// A pool of package sync takes a lock once for each garbage collection.
-		if n > before[stack] && match.MatchString(stack) && !strings.Contains(stack, "sync.(*Pool).pinSlow") {
-			stacks = append(stacks, stack)
-		}
-	}
-	return stacks
-}
-
-// What is looked for in stacks, from the inside out: a lock of package sync that our code was in, and a loop of the front
-// that waits for anything at all. Locks of the runtime itself (the scheduler's, the heap's) do not count.
-var (
-	ourLock   = regexp.MustCompile(`(?s)sync\.\(\*.*\ngithub\.com/gmgate/gmgate/(control|dataplane)/`)
-	loopWaits = regexp.MustCompile(`\ngithub\.com/gmgate/gmgate/dataplane/front\.\(\*events\)\.`)
-)
-
-// contention runs f and returns the stacks of waiting for a lock that our code was in, and those of event loops that had to
-// wait for anything.
-func contention(t *testing.T, f func()) (locks, waits []string) {
-	t.Helper()
-	mutexes, blocks := profile(t, runtime.MutexProfile), profile(t, runtime.BlockProfile)
-	old := runtime.SetMutexProfileFraction(1)
-	runtime.SetBlockProfileRate(1)
-	f()
-	runtime.SetMutexProfileFraction(old)
-	runtime.SetBlockProfileRate(0)
-	return profile(t, runtime.MutexProfile).since(mutexes, ourLock), profile(t, runtime.BlockProfile).since(blocks, loopWaits)
-}
 
 // busy is a worker of the daemon that counts its messages and may share a lock with others.
 type busy struct {
@@ -524,7 +465,7 @@ func TestContention(t *testing.T) {
 	t.Run("none", func(t *testing.T) {
 		x := newExchange(t, nil)
 		var sent uint64
-		locks, waits := contention(t, func() { sent = x.run(exchangeRounds) })
+		locks, waits := contention.Watch(func() { sent = x.run(exchangeRounds) })
 		for _, s := range locks {
 			t.Errorf("a lock was waited for:\n%s", s)
 		}
@@ -552,7 +493,7 @@ func TestContention(t *testing.T) {
 		x := newExchange(t, new(sync.Mutex))
 		found := [2]bool{}
 		for deadline := time.Now().Add(exchangeLimit); time.Now().Before(deadline) && found != [2]bool{true, true}; {
-			locks, waits := contention(t, func() { x.run(10) })
+			locks, waits := contention.Watch(func() { x.run(10) })
 			for i, stacks := range [][]string{locks, waits} {
 				for _, s := range stacks {
 					found[i] = true

@@ -2,7 +2,6 @@ package front
 
 import (
 	"bufio"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -12,73 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gmgate/gmgate/bench/contention"
 	"github.com/gmgate/gmgate/control/ims"
 )
-
-// profiled counts what a profile of the runtime has, by stack.
-type profiled map[string]int64
-
-// profile reads a profile.
-func profile(t *testing.T, read func([]runtime.BlockProfileRecord) (int, bool)) profiled {
-	t.Helper()
-	n, _ := read(nil)
-	for {
-		records := make([]runtime.BlockProfileRecord, n+100) // it grows meanwhile
-		var ok bool
-		if n, ok = read(records); !ok {
-			continue
-		}
-		p := make(profiled)
-		for _, r := range records[:n] {
-			var b strings.Builder
-			for frames := runtime.CallersFrames(r.Stack()); ; {
-				f, more := frames.Next()
-				fmt.Fprintf(&b, "%s %s:%d\n", f.Function, f.File, f.Line)
-				if !more {
-					break
-				}
-			}
-			p[b.String()] += r.Count
-		}
-		return p
-	}
-}
-
-// since returns the stacks that have come or happened again since before, and in which all of some texts occur.
-func (p profiled) since(before profiled, texts ...string) (stacks []string) {
-	for stack, n := range p {
-		found := n > before[stack] && !strings.Contains(stack, "sync.(*Pool).pinSlow") // once for each garbage collection
-		for _, text := range texts {
-			found = found && strings.Contains(stack, text)
-		}
-		if found {
-			stacks = append(stacks, stack)
-		}
-	}
-	return stacks
-}
-
-// contention runs f and returns the stacks of waiting for a lock that code of the front was in, or that one of its loops
-// was in for anything at all. Locks of the runtime itself (the scheduler's, the heap's) do not count.
-func contention(t *testing.T, f func()) (locks, waits []string) {
-	t.Helper()
-	mutexes, blocks := profile(t, runtime.MutexProfile), profile(t, runtime.BlockProfile)
-	old := runtime.SetMutexProfileFraction(1)
-	runtime.SetBlockProfileRate(1)
-	f()
-	runtime.SetMutexProfileFraction(old)
-	runtime.SetBlockProfileRate(0)
-	const here = "github.com/gmgate/gmgate/dataplane/front."
-	for _, stack := range profile(t, runtime.MutexProfile).since(mutexes, "sync.(*", here) {
-		for line := range strings.Lines(stack) {
-			if strings.HasPrefix(line, here) && !strings.Contains(line, "_test.go:") {
-				locks = append(locks, stack)
-				break
-			}
-		}
-	}
-	return locks, profile(t, runtime.BlockProfile).since(blocks, here+"(*events).")
-}
 
 // pump has UEs of both workers send messages, each over UDP and TCP, and get them back.
 type pump struct {
@@ -181,7 +116,7 @@ func TestContention(t *testing.T) {
 			echo(w, fl, msg)
 		})
 		var sent uint64
-		locks, waits := contention(t, func() { sent = p.run(pumpRounds) })
+		locks, waits := contention.Watch(func() { sent = p.run(pumpRounds) })
 		for _, s := range locks {
 			t.Errorf("a lock was waited for:\n%s", s)
 		}
@@ -212,7 +147,7 @@ func TestContention(t *testing.T) {
 		})
 		all := [2]map[string]bool{{}, {}}
 		eventually(t, "contention is found", func() bool {
-			locks, waits := contention(t, func() { p.run(10) })
+			locks, waits := contention.Watch(func() { p.run(10) })
 			for i, stacks := range [][]string{locks, waits} {
 				for _, s := range stacks {
 					all[i][s] = true
