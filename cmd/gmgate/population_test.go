@@ -787,7 +787,7 @@ func (c *crowd) Boot(w *front.Worker) {
 }
 
 // Tick is not passed on: the clock of the population stands.
-func (c *crowd) Tick(time.Time) {}
+func (c *crowd) Tick(time.Time) time.Duration { return 0 }
 
 // Message handles a datagram as if it had come from one of the phones.
 func (c *crowd) Message(f ims.Flow, msg []byte) {

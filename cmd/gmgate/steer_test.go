@@ -38,7 +38,7 @@ func (a *arrivals) Message(f ims.Flow, msg []byte) {
 func (a *arrivals) Bad(ims.Flow, []byte, string)               {}
 func (a *arrivals) Closed(ims.ConnID, ims.Flow)                {}
 func (a *arrivals) Dialed(uint64, ims.ConnID, ims.Flow, error) {}
-func (a *arrivals) Tick(time.Time)                             {}
+func (a *arrivals) Tick(time.Time) time.Duration               { return 0 }
 
 // steered is a front whose listeners are steered by eBPF, in a namespace with many addresses.
 type steered struct {

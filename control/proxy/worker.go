@@ -207,9 +207,10 @@ func (w *Worker) Boot(eg Egress) {
 }
 
 // Tick advances the timers.
-func (w *Worker) Tick(now time.Time) {
+func (w *Worker) Tick(now time.Time) (rest time.Duration) {
 	w.wheel.Advance(now)
 	w.obs.SPIs(w.spis.InUse(), w.spis.Capacity())
+	return w.wheel.Next()
 }
 
 // Table gives tests and the admin side the UE contexts; use it on the loop only.

@@ -75,6 +75,16 @@ func (w *Wheel) Len() int { return w.count }
 // Now returns the wheel's clock: the time of the last Advance, also within callbacks.
 func (w *Wheel) Now() time.Time { return w.now }
 
+// Next returns how long after Now an Advance may be the first to have something to do, math.MaxInt64 when no timer is
+// armed. It may be earlier than the first deadline, since timers that are far away stand in coarse slots.
+func (w *Wheel) Next() time.Duration {
+	_, _, first := w.first()
+	if first > uint64(math.MaxInt64/w.tick) {
+		return math.MaxInt64
+	}
+	return max(0, time.Duration(first)*w.tick-w.now.Sub(w.start))
+}
+
 // Schedule arms t to call f once, d after the wheel's Now, and cancels what t was armed for before. A d of zero or less
 // means the next tick: a callback never runs within Schedule, nor within the Advance that called Schedule. Give a
 // function value that is made once per timer, since a closure made at the call costs an allocation. Schedule panics when
@@ -114,14 +124,7 @@ func (w *Wheel) Advance(now time.Time) {
 	w.now = now
 	w.target = uint64(now.Sub(w.start) / w.tick) // not negative: now is after start
 	for {
-		level := w.lowest()
-		if level < 0 {
-			break
-		}
-		slot := uint64(bits.TrailingZeros64(w.occupied[level]))
-		shift := uint(level) * slotBits
-		first := w.elapsed>>shift&^slotMask | slot // in units of this level
-		first <<= shift
+		level, slot, first := w.first()
 		if first > w.target {
 			break
 		}
@@ -154,14 +157,18 @@ func (w *Wheel) Advance(now time.Time) {
 
 func (w *Wheel) endAdvance() { w.advancing = false }
 
-// lowest returns the lowest level that has timers, or -1.
-func (w *Wheel) lowest() int {
-	for i := range w.occupied {
-		if w.occupied[i] != 0 {
-			return i
+// first returns the lowest occupied slot of the lowest occupied level and the tick at which it begins, which is after
+// every tick that cannot be reached when there are no timers.
+func (w *Wheel) first() (level int, slot, tick uint64) {
+	for level, occupied := range w.occupied {
+		if occupied == 0 {
+			continue
 		}
+		slot := uint64(bits.TrailingZeros64(occupied))
+		shift := uint(level) * slotBits
+		return level, slot, (w.elapsed>>shift&^slotMask | slot) << shift
 	}
-	return -1
+	return 0, 0, math.MaxUint64
 }
 
 // due returns the first tick that is not before now+d, and at least the one after the current.

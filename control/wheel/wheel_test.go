@@ -76,6 +76,42 @@ func TestLongestDurationDoesNotOverflow(t *testing.T) {
 	}
 }
 
+// TestNext: an Advance before Next has nothing to do, and whoever advances by Next again and again fires a timer neither
+// early nor late, in few steps.
+func TestNext(t *testing.T) {
+	for _, d := range []time.Duration{1, tick - 1, tick, 64 * tick, 64*tick + 1, time.Second, time.Minute, time.Hour, 30 * 24 * time.Hour} {
+		w := New(tick, epoch)
+		now := epoch.Add(3 * time.Millisecond)
+		w.Advance(now)
+		if got := w.Next(); got != math.MaxInt64 {
+			t.Fatalf("Next of an empty wheel is %s", got)
+		}
+		var timer Timer
+		fired := false
+		deadline := now.Add(d)
+		w.Schedule(&timer, d, func() { fired = true })
+		steps := 0
+		for !fired {
+			next := w.Next()
+			if steps++; next <= 0 || steps > 12 {
+				t.Fatalf("%s: Next is %s in step %d", d, next, steps)
+			}
+			w.Advance(now.Add(next - 1))
+			if fired {
+				t.Errorf("%s: fired before Next", d)
+			}
+			now = now.Add(next)
+			w.Advance(now)
+		}
+		if late := now.Sub(deadline); late < 0 || late >= tick {
+			t.Errorf("%s: fired %s after its deadline", d, late)
+		}
+		if got := w.Next(); got != math.MaxInt64 {
+			t.Errorf("%s: Next is %s with no timer left", d, got)
+		}
+	}
+}
+
 func TestStop(t *testing.T) {
 	w, other := New(tick, epoch), New(tick, epoch)
 	var tm Timer

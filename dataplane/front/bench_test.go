@@ -26,7 +26,7 @@ type forward struct {
 func (h *forward) Boot(w *front.Worker)                       { h.w = w }
 func (h *forward) Closed(ims.ConnID, ims.Flow)                {}
 func (h *forward) Dialed(uint64, ims.ConnID, ims.Flow, error) {}
-func (h *forward) Tick(time.Time)                             {}
+func (h *forward) Tick(time.Time) time.Duration               { return 0 }
 func (h *forward) Bad(_ ims.Flow, _ []byte, _ string)         {}
 func (h *forward) fail(what string, err error)                { h.tb.Errorf("%s: %v", what, err) }
 func plain(sink netip.AddrPort) front.Handler                 { return &echoTo{sink: sink} }

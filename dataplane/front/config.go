@@ -55,6 +55,7 @@ type Config struct {
 	PartialTimeout   time.Duration // for the rest of a message whose beginning has come, default 32 s (64*T1)
 	DialTimeout      time.Duration // default 10 s
 	Tick             time.Duration // interval of Handler.Tick, default 10 ms
+	MaxRest          time.Duration // the longest that a worker without events goes without Tick, default 1 s or Tick if that is more
 
 	ReadBuffer  int  // SO_RCVBUF of UDP sockets in octets, default 4 MiB
 	WriteBuffer int  // SO_SNDBUF of UDP sockets in octets, default 4 MiB
@@ -79,6 +80,7 @@ const (
 	defaultPartialTimeout = 32 * time.Second // after Timer B and F of RFC 3261 §17 nobody waits any more
 	defaultDialTimeout    = 10 * time.Second
 	defaultTick           = 10 * time.Millisecond
+	defaultMaxRest        = time.Second
 	defaultSocketBuffer   = 4 << 20
 
 	minMessage = 512 // below it no SIP request fits
@@ -124,6 +126,7 @@ func (c *Config) populate() {
 	defTime(&c.PartialTimeout, defaultPartialTimeout)
 	defTime(&c.DialTimeout, defaultDialTimeout)
 	defTime(&c.Tick, defaultTick)
+	defTime(&c.MaxRest, max(defaultMaxRest, c.Tick))
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -175,6 +178,7 @@ func (c *Config) validate() error {
 		{"partial timeout", c.PartialTimeout},
 		{"dial timeout", c.DialTimeout},
 		{"tick", c.Tick},
+		{"longest rest", c.MaxRest},
 	} {
 		if v.d <= 0 {
 			bad("%s %s is not positive", v.name, v.d)

@@ -445,22 +445,30 @@ func (c *conn) headerEnd() int {
 	return 0
 }
 
-// expire closes what has been idle, or incomplete, for too long.
-func (w *Worker) expire() {
+// expire closes what has been idle, or incomplete, for too long, and returns how long there is nothing more of that.
+func (w *Worker) expire() (next time.Duration) {
 	for c := w.partial.front(); c != nil && w.now.Sub(c.since) >= w.f.cfg.PartialTimeout; c = w.partial.front() {
 		c.parts.remove()
 		w.refuse(c, c.part, "incomplete", DropPartial)
 	}
-	w.expireIdle(&w.idle, w.f.cfg.IdleTimeout)
-	w.expireIdle(&w.clearIdle, w.f.cfg.ClearIdleTimeout)
+	next = w.f.cfg.PartialTimeout
+	if c := w.partial.front(); c != nil {
+		next -= w.now.Sub(c.since)
+	}
+	return min(next, w.expireIdle(&w.idle, w.f.cfg.IdleTimeout), w.expireIdle(&w.clearIdle, w.f.cfg.ClearIdleTimeout))
 }
 
-func (w *Worker) expireIdle(l *list, timeout time.Duration) {
+// expireIdle is the same for one of the lists of idle connections.
+func (w *Worker) expireIdle(l *list, timeout time.Duration) (next time.Duration) {
 	for c := l.front(); c != nil && w.now.Sub(c.last) >= timeout; c = l.front() {
 		c.idle.remove()
 		w.st.drops[DropIdle]++
 		w.closeConn(c, false)
 	}
+	if c := l.front(); c != nil {
+		timeout -= w.now.Sub(c.last)
+	}
+	return timeout
 }
 
 // addrPortOf converts what the net package gives.

@@ -32,6 +32,7 @@ func (e *events) OnTraffic(c gnet.Conn) gnet.Action {
 	w.enter()
 	defer w.leave()
 	if k, ok := c.Context().(*conn); ok {
+		w.event()
 		b, err := c.Next(-1)
 		if err != nil {
 			return gnet.None
@@ -45,6 +46,7 @@ func (e *events) OnTraffic(c gnet.Conn) gnet.Action {
 		}
 		return gnet.None
 	}
+	w.event()
 	s := w.byFD[fd]
 	peer, ok := c.RemoteAddr().(*net.UDPAddr)
 	if s == nil || !ok {
@@ -66,6 +68,7 @@ func (e *events) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 	}
 	e.w.enter()
 	defer e.w.leave()
+	e.w.event()
 	return nil, e.w.open(k, c)
 }
 
@@ -74,6 +77,7 @@ func (e *events) OnClose(c gnet.Conn, _ error) gnet.Action {
 	if k, ok := c.Context().(*conn); ok && k.opened.Load() {
 		e.w.enter()
 		defer e.w.leave()
+		e.w.event()
 		e.w.gone(k)
 	}
 	return gnet.None

@@ -597,6 +597,113 @@ func TestTick(t *testing.T) {
 	}
 }
 
+// TestRest: a worker to which nothing happens and whose handler has nothing to do gets no ticks; what happens ends that,
+// after a tick which tells the handler the time.
+func TestRest(t *testing.T) {
+	const never = 24 * time.Hour
+	for _, c := range []struct {
+		name string
+		stir func(t *testing.T, f *Front, seen func())
+	}{
+		{"posted function", func(t *testing.T, f *Front, seen func()) {
+			if err := f.Worker(0).Post(seen); err != nil {
+				t.Error(err)
+			}
+		}},
+		{"datagram", func(t *testing.T, f *Front, _ func()) {
+			write(t, udpPeer(t, "", f.Listeners()[0].Addr), sip("rest", 1))
+		}},
+		{"connection", func(t *testing.T, f *Front, _ func()) { tcpPeer(t, f.Listeners()[0].Addr) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ticks := make(chan time.Time, 10*restAfter)
+			cfg := Config{Listeners: []Listener{gm(loop4)}, Tick: time.Millisecond, MaxRest: never}
+			// Other timeouts end a rest as well, so they must not come.
+			cfg.IdleTimeout, cfg.ClearIdleTimeout, cfg.PartialTimeout = never, never, never
+			var w *Worker
+			var ticked time.Time
+			seen := func() {
+				if now := w.Now(); !now.Equal(ticked) {
+					t.Errorf("the clock is %s behind when the rest ends", now.Sub(ticked))
+				}
+			}
+			f, _ := run(t, cfg, recorder{
+				rest: never,
+				onTick: func(w *Worker) {
+					ticked = w.Now()
+					select {
+					case ticks <- ticked:
+					default:
+					}
+				},
+				onMsg: func(*Worker, ims.Flow, []byte) { seen() },
+			})
+			w = f.Worker(0)
+			eventually(t, "rest", func() bool { return w.restEnd.Load() > 0 })
+			time.Sleep(20 * time.Millisecond) // a tick that was under way
+			for len(ticks) > 0 {
+				<-ticks
+			}
+			time.Sleep(50 * time.Millisecond)
+			if n := len(ticks); n > 0 {
+				t.Fatalf("%d ticks in a rest", n)
+			}
+			if f.Stats(); w.restEnd.Load() == 0 || len(ticks) > 0 {
+				t.Error("reading the counters ends a rest")
+			}
+			stirred := time.Now()
+			c.stir(t, f, seen)
+			for i := range 10 {
+				select {
+				case now := <-ticks:
+					if now.Before(stirred) {
+						t.Errorf("tick of %s before", stirred.Sub(now))
+					}
+				case <-time.After(patience):
+					t.Fatalf("%d ticks after the rest", i)
+				}
+			}
+		})
+	}
+}
+
+// TestRestEnds: a rest is no longer than the handler wants, nor than the front's own timeouts allow.
+func TestRestEnds(t *testing.T) {
+	const never = 24 * time.Hour
+	for _, c := range []struct {
+		name    string
+		maxRest time.Duration
+		rest    time.Duration
+	}{
+		{"wanted by the handler", never, 20 * time.Millisecond},
+		{"longest rest", 20 * time.Millisecond, never},
+		{"shorter than a tick", never, time.Microsecond},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ticks := make(chan struct{}, 1)
+			run(t, Config{Tick: time.Millisecond, MaxRest: c.maxRest}, recorder{rest: c.rest, onTick: func(*Worker) { ticks <- struct{}{} }})
+			for i := range restAfter + 5 {
+				select {
+				case <-ticks:
+				case <-time.After(patience):
+					t.Fatalf("no tick after %d", i)
+				}
+			}
+		})
+	}
+}
+
+// TestRestIdleConnection: the end of a connection's idle time is not slept through.
+func TestRestIdleConnection(t *testing.T) {
+	const never = 24 * time.Hour
+	f, events := run(t, Config{
+		Listeners: []Listener{gm(loop4)}, Tick: time.Millisecond, MaxRest: never, IdleTimeout: time.Second,
+	}, recorder{rest: never})
+	write(t, tcpPeer(t, f.Listeners()[0].Addr), sip("idle", 1))
+	expect(t, events, "message")
+	expect(t, events, "closed")
+}
+
 // TestLog: gnet's messages come through our logger, none of them louder than they deserve.
 func TestLog(t *testing.T) {
 	var log logBuffer

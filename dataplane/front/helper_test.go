@@ -62,6 +62,7 @@ type recorder struct {
 	onBad   func(w *Worker, f ims.Flow)
 	onClose func(w *Worker, c ims.ConnID)
 	onBoot  func(w *Worker)
+	rest    time.Duration
 }
 
 func (r *recorder) put(e event) {
@@ -108,10 +109,11 @@ func (r *recorder) Dialed(tag uint64, c ims.ConnID, f ims.Flow, err error) {
 	}
 }
 
-func (r *recorder) Tick(time.Time) {
+func (r *recorder) Tick(time.Time) time.Duration {
 	if r.onTick != nil {
 		r.onTick(r.w)
 	}
+	return r.rest
 }
 
 // expect waits for the next event and wants it to be of a kind. Boots are passed over.

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
@@ -40,8 +41,10 @@ type Handler interface {
 	Closed(c ims.ConnID, f ims.Flow)
 	// Dialed is the result of Dial. Without err, SendTCP(c) may be used at once.
 	Dialed(tag uint64, c ims.ConnID, f ims.Flow, err error)
-	// Tick comes every Config.Tick, or later when the loop is busy.
-	Tick(now time.Time)
+	// Tick comes every Config.Tick, or later when the loop is busy. It returns how long it has nothing to do unless
+	// something happens: a worker to which nothing happens rests so long, at most Config.MaxRest. What ends the rest, a
+	// message or a posted function say, comes after a Tick with its time.
+	Tick(now time.Time) (rest time.Duration)
 }
 
 // Implementation constants.
@@ -51,6 +54,10 @@ const (
 
 	// socketDropsInterval is how often the kernel's drop counters are read.
 	socketDropsInterval = time.Second
+
+	// restAfter is the number of ticks without an event after which a worker may rest. It keeps a worker with some
+	// traffic from going to rest, and having itself woken up, between any two messages.
+	restAfter = 100
 )
 
 // udpSocket is a socket as one worker sees it.
@@ -95,6 +102,10 @@ type Worker struct {
 	counted   time.Time // event in which all of them were looked at
 	closed    []*conn   // gone, and the handler not told yet
 	free      [][]byte
+
+	quiet   int          // ticks since the last event
+	resting bool         // ticks come at restEnd, unless something happens before
+	restEnd atomic.Int64 // of the rest, in nanoseconds since Front.started; 0 without one. For the ticker.
 
 	now       time.Time
 	depth     int // nesting of gnet's callbacks: some of our calls into gnet call back
@@ -390,14 +401,43 @@ func payload(b []byte) ([]byte, Drop) {
 	return b, 0
 }
 
-// tick checks timeouts and tells the handler.
+// tick checks timeouts, tells the handler, and lets the worker rest when there has been nothing to do for a while.
 func (w *Worker) tick() {
-	w.expire()
+	rest := w.expire()
 	if w.now.Sub(w.dropsRead) >= socketDropsInterval {
 		w.readSocketDrops()
 	}
+	rest = min(rest, w.callTick(), w.f.cfg.MaxRest)
+	w.quiet++
+	if len(w.closed) > 0 {
+		w.quiet = 0 // the handler is told later in this event, and may set timers then
+	}
+	if w.quiet <= restAfter || rest <= w.f.cfg.Tick {
+		w.resting = false
+		w.restEnd.Store(0)
+		return
+	}
+	w.resting = true
+	w.restEnd.Store(int64(w.now.Add(rest).Sub(w.f.started)))
+}
+
+// callTick returns 0 when the handler panics.
+func (w *Worker) callTick() time.Duration {
 	defer w.guard()
-	w.h.Tick(w.now)
+	return w.h.Tick(w.now)
+}
+
+// event comes before everything that happens to a worker but ticks. It ends a rest: with a tick, since time has stood
+// still for the handler, whose timers would else be set by an old clock.
+func (w *Worker) event() {
+	if w.depth > 1 {
+		return // part of another, or of a tick
+	}
+	w.quiet = 0
+	if w.resting {
+		w.tick()
+		w.f.stirTicker()
+	}
 }
 
 func (w *Worker) readSocketDrops() {
@@ -416,6 +456,9 @@ func (w *Worker) readSocketDrops() {
 // wake does what other goroutines want. It reports whether the loop shall end.
 func (w *Worker) wake() (stop bool) {
 	tasks, tick, stop := w.inbox.take()
+	if len(tasks) > 0 {
+		w.event()
+	}
 	w.runTasks(tasks)
 	if !stop {
 		if tick {

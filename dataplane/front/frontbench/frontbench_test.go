@@ -20,7 +20,7 @@ func (h *forwarder) Boot(w *front.Worker)                       { h.w = w }
 func (h *forwarder) Bad(ims.Flow, []byte, string)               {}
 func (h *forwarder) Closed(ims.ConnID, ims.Flow)                {}
 func (h *forwarder) Dialed(uint64, ims.ConnID, ims.Flow, error) {}
-func (h *forwarder) Tick(time.Time)                             {}
+func (h *forwarder) Tick(time.Time) time.Duration               { return 0 }
 func (h *forwarder) Message(f ims.Flow, msg []byte) {
 	h.handled[h.w.Index()]++
 	_ = h.w.SendUDP(f.Local, h.sink, msg)

@@ -36,7 +36,7 @@ type Handler interface {
 	Bad(f ims.Flow, msg []byte, reason string)
 	Closed(c ims.ConnID, f ims.Flow)
 	Dialed(tag uint64, c ims.ConnID, f ims.Flow, err error)
-	Tick(now time.Time)
+	Tick(now time.Time) (rest time.Duration)
 }
 
 // Sent is a message that the handler has sent.

@@ -64,7 +64,10 @@ func (s *script) Closed(c ims.ConnID, f ims.Flow) { s.note("closed %d %s", c, f)
 func (s *script) Dialed(tag uint64, c ims.ConnID, f ims.Flow, err error) {
 	s.note("dialed %d %d %s %v", tag, c, f, err)
 }
-func (s *script) Tick(now time.Time) { s.note("tick %s", now.Sub(Start)) }
+func (s *script) Tick(now time.Time) time.Duration {
+	s.note("tick %s", now.Sub(Start))
+	return 0
+}
 
 // want compares and forgets what the handler got.
 func (s *script) want(t *testing.T, lines ...string) {
