@@ -187,9 +187,9 @@ func Start(cfg Config) (*Core, error) {
 	if c.tcp, err = sipwire.ListenTCP(cfg.NS, c.cfg.Addr); err != nil {
 		return nil, errors.Join(fmt.Errorf("start core: %w", err), c.udp.Close())
 	}
-	// A few megabytes of buffer so that bursts of a load generator are not lost here.
-	_ = c.udp.SetReadBuffer(4 << 20)
-	_ = c.udp.SetWriteBuffer(4 << 20)
+	if err = sipwire.Deepen(c.udp, 4<<20); err != nil {
+		return nil, errors.Join(fmt.Errorf("start core: %w", err), c.tcp.Close(), c.udp.Close())
+	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.wg.Add(2)
 	go c.readUDP()

@@ -152,6 +152,8 @@ type Counters struct {
 	verify        count
 	identity      count
 	awaitAuth     count
+	repeated      [sides]count
+	unrepeated    count
 	sets          [phaseEnd]level
 	ues           [ueEnd]level
 	associations  level
@@ -203,6 +205,12 @@ func (c *Counters) VerifyMismatch() { c.verify.inc() }
 // IdentityMismatch counts one public identity that a phone claimed and has not registered over the SA that it claimed it on
 // (TS 24.229 §5.2.6.3).
 func (c *Counters) IdentityMismatch() { c.identity.inc() }
+
+// Repeated counts one message that was sent again on a side, because its sender does not repeat what it sends over TCP.
+func (c *Counters) Repeated(side ims.Side) { c.repeated[within(side, sides)].inc() }
+
+// RepeatRefused counts one message that is sent only once because too many are kept for being sent again.
+func (c *Counters) RepeatRefused() { c.unrepeated.inc() }
 
 // AwaitAuthExpired counts one expiry of the reg-await-auth timer (TS 24.229 §5.2.2).
 func (c *Counters) AwaitAuthExpired() { c.awaitAuth.inc() }

@@ -71,6 +71,9 @@ func TestCountersAreAddedUp(t *testing.T) {
 	a.VerifyMismatch()
 	b.IdentityMismatch()
 	b.AwaitAuthExpired()
+	a.Repeated(ims.Mw)
+	b.Repeated(ims.Mw)
+	b.RepeatRefused()
 	a.Sets(PhaseTemporary, 2)
 	b.Sets(PhaseTemporary, 1)
 	a.Sets(PhaseTemporary, -1)
@@ -97,6 +100,9 @@ func TestCountersAreAddedUp(t *testing.T) {
 		`gmgate_secagree_selected_total{alg="null",ealg="null"}`:                                                     -1,
 		`gmgate_security_verify_mismatch_total{}`:                                                                    1,
 		`gmgate_identity_mismatch_total{}`:                                                                           1,
+		`gmgate_sip_repeats_total{side="mw"}`:                                                                        2,
+		`gmgate_sip_repeats_total{side="gm_protected"}`:                                                              0,
+		`gmgate_sip_repeats_refused_total{}`:                                                                         1,
 		`gmgate_reg_await_auth_expired_total{}`:                                                                      1,
 		`gmgate_sa_sets{phase="temporary"}`:                                                                          2,
 		`gmgate_sa_sets{phase="old"}`:                                                                                0,

@@ -187,6 +187,8 @@ var (
 	verifyDesc        = desc("security_verify_mismatch_total", "Security-Verify headers that differ from our Security-Server.")
 	identityDesc      = desc("identity_mismatch_total", "Public identities that phones claimed without having registered them over their SA.")
 	awaitAuthDesc     = desc("reg_await_auth_expired_total", "Challenges that no protected REGISTER answered in time.")
+	repeatedDesc      = desc("sip_repeats_total", "SIP messages that came over TCP and were sent again over UDP for want of an answer.", "side")
+	unrepeatedDesc    = desc("sip_repeats_refused_total", "SIP messages sent once instead, because too many wait for their answers.")
 	setsDesc          = desc("sa_sets", "SA sets by phase.", "phase")
 	associationsDesc  = desc("address_associations", "Phones registered in clear, without SAs.")
 	uesDesc           = desc("ues", "UE contexts by registration state.", "state")
@@ -203,7 +205,7 @@ var (
 func (w *workerCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		messagesDesc, rejectedDesc, droppedDesc, registrationsDesc, suitesDesc, verifyDesc, identityDesc, awaitAuthDesc, setsDesc, uesDesc,
-		associationsDesc,
+		associationsDesc, repeatedDesc, unrepeatedDesc,
 		subscriptionsDesc, subscribesDesc, notifiesDesc, networkDesc, lossesDesc,
 		spisDesc, spiCapacityDesc,
 	} {
@@ -246,6 +248,12 @@ func (w *workerCollector) Collect(ch chan<- prometheus.Metric) {
 	counter(verifyDesc, w.sum(func(c *Counters) *count { return &c.verify }))
 	counter(identityDesc, w.sum(func(c *Counters) *count { return &c.identity }))
 	counter(awaitAuthDesc, w.sum(func(c *Counters) *count { return &c.awaitAuth }))
+	for s := range ims.Side(sides) {
+		if n := w.sum(func(c *Counters) *count { return &c.repeated[s] }); s != 0 || n != 0 {
+			counter(repeatedDesc, n, name(s))
+		}
+	}
+	counter(unrepeatedDesc, w.sum(func(c *Counters) *count { return &c.unrepeated }))
 
 	gauge := func(d *prometheus.Desc, v int64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)

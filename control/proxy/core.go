@@ -81,6 +81,9 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 		w.remember(f.Conn, back.Addr)
 	}
 	digits := w.answerDigits(&below, back)
+	if method == sipmsg.MethodAck {
+		w.gotAck(u, true, digits)
+	}
 	tcp := w.overTCP(s, method, digits)
 	transport := ims.UDP
 	if tcp {
@@ -116,6 +119,9 @@ func (w *Worker) requestFromCore(f ims.Flow) {
 	}
 	if !tcp || s.Clear {
 		w.sendToUE(s, byUDP, w.out, method)
+		if f.Transport == ims.TCP && !tcp && method != sipmsg.MethodAck {
+			w.repeatToUE(s, true, digits, kindOf(method), method, byUDP)
+		}
 		return
 	}
 	w.requestOverTCP(f, s, method)
@@ -291,6 +297,8 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 		w.obs.Drop(observe.ReasonStaleToken)
 		return
 	}
+	tx := digitsOf(digits)
+	w.gotAnswer(u, false, tx)
 	// The answer goes over the set of the request while that lives, else over the one in use.
 	hint, _ := w.readHint(&via, 2)
 	serial, how := hint[0], channel(hint[1])
@@ -323,4 +331,15 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 		return
 	}
 	w.sendToUE(s, how, w.out, sipmsg.MethodOther)
+	if f.Transport == ims.TCP && w.refuses() && !overConnection(s, how) {
+		w.repeatToUE(s, false, tx, repeatAnswer, sipmsg.MethodInvite, how)
+	}
+}
+
+// overConnection reports whether an answer to a UE goes over TCP.
+func overConnection(s *registrar.Set, how channel) bool {
+	if s.Clear {
+		return s.OverTCP
+	}
+	return how.tcp()
 }

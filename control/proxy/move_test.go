@@ -487,7 +487,8 @@ func TestMoveTakenBack(t *testing.T) {
 	p, n := a.established()
 	c.settle()
 	conn := a.connect(p, 7)
-	a.deliver(conn, overTCP(p.message()))
+	before := a.one(conn, overTCP(p.message()))
+	a.one(coreFlow(), answerTo(t, before.msg, "200 OK")) // or else it would be repeated
 	done := c.start(p, 0, 1)
 	c.step(0) // begin
 	c.step(1) // prepare

@@ -127,6 +127,9 @@ func (r *rig) empty() {
 	if len(r.w.txs) != 0 || len(r.w.newest) != 0 || r.w.waiting.n != 0 || r.w.answered.n != 0 {
 		r.t.Errorf("left: %d transactions, %d newest, %d waiting, %d answered", len(r.w.txs), len(r.w.newest), r.w.waiting.n, r.w.answered.n)
 	}
+	if len(r.w.repeats.by) != 0 || r.w.repeats.octets != 0 {
+		r.t.Errorf("left: %d messages to repeat, %d octets", len(r.w.repeats.by), r.w.repeats.octets)
+	}
 	if len(r.w.conns) != 0 || len(r.w.dials) != 0 || len(r.w.ueDial) != 0 {
 		r.t.Errorf("left: %d connections, %d dials", len(r.w.conns), len(r.w.dials))
 	}

@@ -1321,6 +1321,7 @@ type quietLoop struct {
 }
 
 func (l *quietLoop) SendUDP(netip.AddrPort, netip.AddrPort, []byte) error { l.n++; return nil }
+func (l *quietLoop) SendTCP(ims.ConnID, []byte) error                     { l.n++; return nil }
 
 func BenchmarkForward(b *testing.B) {
 	r := newRig(b)

@@ -41,6 +41,10 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 			return
 		}
 	}
+	digits := w.requestDigits(&via)
+	if method == sipmsg.MethodAck {
+		w.gotAck(u, false, digits)
+	}
 	r := w.popRoutes()
 	if r.token != nil { // an in-dialog request comes by our Record-Route entry, which must be this UE's
 		t, ok := w.seal.open(&w.sc, r.token)
@@ -71,7 +75,7 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 	w.e.Str(" ")
 	w.e.AddrPort(w.mwAddr(hop.Addr.Addr()))
 	w.e.Str(";branch=")
-	w.putBranch(token{kind: tokenToCore, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, w.requestDigits(&via))
+	w.putBranch(token{kind: tokenToCore, worker: uint8(w.id), ue: u.Index, gen: u.Gen}, digits)
 	w.putHint(s.Serial, uint8(w.channelOf(f, s)))
 	w.e.Str("\r\n")
 	if r.token == nil && dialogForming(method) {
@@ -100,6 +104,9 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 		return
 	}
 	w.deliverToCore(f, s, hop, method)
+	if f.Transport == ims.TCP && hop.Transport == ims.UDP && method != sipmsg.MethodAck {
+		w.repeatToCore(u, false, digits, kindOf(method), method, hop)
+	}
 }
 
 // preloaded reports whether what is left of an initial request's Route is the Service-Route (TS 24.229 §5.2.6.3.2A).
@@ -367,7 +374,7 @@ func (w *Worker) putChargingVector() {
 
 // answerFromUE forwards a protected answer to the core (TS 24.229 §5.2.6.4). It belongs to a request that we sent to
 // this very UE: the branch is sealed and names it.
-func (w *Worker) answerFromUE(s *registrar.Set) {
+func (w *Worker) answerFromUE(f ims.Flow, s *registrar.Set) {
 	m, u := &w.m, s.UE
 	via, err := sipmsg.ParseVia(m.Get(sipmsg.Via))
 	if err != nil {
@@ -400,6 +407,7 @@ func (w *Worker) answerFromUE(s *registrar.Set) {
 		return
 	}
 	hop.Transport = transport // whatever the UE has made of the Via beneath
+	w.gotAnswer(u, true, want)
 
 	w.e.Reset(m)
 	w.e.PopElement(m, sipmsg.Via)
@@ -422,4 +430,7 @@ func (w *Worker) answerFromUE(s *registrar.Set) {
 		}
 	}
 	w.sendToCore(hop, w.out, sipmsg.MethodOther, nil)
+	if f.Transport == ims.TCP && hop.Transport == ims.UDP && w.refuses() {
+		w.repeatToCore(u, true, want, repeatAnswer, sipmsg.MethodInvite, hop)
+	}
 }

@@ -144,6 +144,7 @@ type Worker struct {
 	names             resolver
 	health            []*nextHop
 	subs              subscriptions
+	repeats           repeats
 	retry             retryMode // set while a message is handled again after a failed attempt
 }
 
@@ -176,8 +177,9 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 		dials:     make(map[uint64]*dial), ueDial: make(map[*registrar.Set]*dial),
 		mwConn: make(map[netip.AddrPort]ims.ConnID), mwPeer: make(map[ims.ConnID]netip.AddrPort),
 		mwDial: make(map[netip.AddrPort]*dial), answer: make(map[netip.AddrPort]ims.ConnID),
-		sentBy: make(map[ims.ConnID]netip.AddrPort),
-		names:  newResolver(cfg.Hosts),
+		sentBy:  make(map[ims.ConnID]netip.AddrPort),
+		repeats: repeats{by: make(map[repeatKey]*repeat)},
+		names:   newResolver(cfg.Hosts),
 	}
 	if w.rules == nil {
 		w.rules = policy.Compile(policy.Settings{IPsec: policy.Require, Suites: cfg.Suites})
@@ -283,7 +285,7 @@ func (w *Worker) fromClear(f ims.Flow) {
 		if m.IsRequest() {
 			w.requestFromUE(f, s)
 		} else {
-			w.answerFromUE(s)
+			w.answerFromUE(f, s)
 		}
 		return
 	}
@@ -341,7 +343,7 @@ func (w *Worker) fromProtected(f ims.Flow) {
 		w.requestFromUE(f, s)
 	default:
 		w.table.Touch(s)
-		w.answerFromUE(s)
+		w.answerFromUE(f, s)
 	}
 }
 

@@ -120,6 +120,8 @@ type UE struct {
 	large *large // nil until there was one
 
 	heard uint32 // the latest of those of sets that are gone
+
+	Repeats uint16 // messages of its transactions that the forwarder keeps to send them again
 }
 
 // large are the transactions of the latest INVITEs of a UE that went over TCP because of their size.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -112,6 +113,29 @@ func ListenUDP(ns *hostnet.NS, a netip.AddrPort) (*net.UDPConn, error) {
 		return nil, fmt.Errorf("open UDP socket %s: %w", a, err)
 	}
 	return c, nil
+}
+
+// Deepen gives a socket buffers of so many octets, beyond the host's limit where the process may: bursts of a load generator
+// shall not be lost in the harness.
+func Deepen(c *net.UDPConn, octets int) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("set socket buffers: %w", err)
+	}
+	var errs []error
+	err = raw.Control(func(fd uintptr) {
+		for _, o := range []struct{ force, limited int }{
+			{unix.SO_RCVBUFFORCE, unix.SO_RCVBUF}, {unix.SO_SNDBUFFORCE, unix.SO_SNDBUF},
+		} {
+			if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, o.force, octets) != nil {
+				errs = append(errs, os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, o.limited, octets)))
+			}
+		}
+	})
+	if err = errors.Join(append(errs, err)...); err != nil {
+		return fmt.Errorf("set socket buffers: %w", err)
+	}
+	return nil
 }
 
 // ListenTCP opens a TCP listener inside a namespace. Multipath TCP is off, as on every SIP socket of the project.
