@@ -5,7 +5,7 @@
 //
 // It reads what `go test -json` prints, and the text of `-test.v` for binaries that run elsewhere, also mixed. The
 // closing line of every package and everything about failures is printed, the output of what passed is not. At the end
-// come the skipped tests with their reasons, and one line "NAME: N passed, N failed, N skipped". Top-level tests count;
+// come the slowest tests, the skipped ones with their reasons, and one line "NAME: N passed, N failed, N skipped". Top-level tests count;
 // a package that fails without a failed test (it does not build, it dies) counts as one failure. The exit status is 1
 // when something failed or nothing ran.
 //
@@ -15,6 +15,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -24,6 +25,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -85,6 +87,7 @@ type Counts struct {
 // event is what test2json prints (go doc test2json).
 type event struct {
 	Action, Package, ImportPath, Test, Output string
+	Elapsed                                   float64 // seconds
 }
 
 // test identifies a test.
@@ -97,8 +100,15 @@ type summary struct {
 	output  map[test][]string // of tests under way
 	failed  map[string]bool   // packages with a failed test
 	subs    []string          // skipped subtests, which do not count
+	took    []took            // top-level tests
 	reason  string            // text form: the last line that a test logged
 	section string            // text form: package, from a line "--- dataplane/xfrm"
+}
+
+// took is how long a test took.
+type took struct {
+	test
+	seconds float64
 }
 
 func newSummary(out io.Writer) *summary {
@@ -161,6 +171,9 @@ var idle = regexp.MustCompile(`\[no tests? (to run|files)\]\s*$`)
 func (s *summary) testEnd(e event) {
 	t := test{e.Package, e.Test}
 	top := !strings.Contains(e.Test, "/")
+	if top {
+		s.took = append(s.took, took{t, e.Elapsed})
+	}
 	switch e.Action {
 	case "pass":
 		if top {
@@ -234,8 +247,8 @@ func reason(output []string) string {
 }
 
 var (
-	result  = regexp.MustCompile(`^(\s*)--- (PASS|FAIL|SKIP): (\S+) \(`)
-	section = regexp.MustCompile(`^--- ([A-Za-z0-9_./-]+)$`)
+	result  = regexp.MustCompile(`^(\s*)--- (PASS|FAIL|SKIP): (\S+) \(([0-9.]+)s\)`)
+	section = regexp.MustCompile(`^--- ([A-Za-z0-9_./-]+)( .*)?$`)
 )
 
 // text digests a line of -test.v output. All but the passing is printed as it comes.
@@ -254,6 +267,9 @@ func (s *summary) text(line string) {
 		return
 	}
 	top := m[1] == ""
+	if seconds, err := strconv.ParseFloat(m[4], 64); err == nil && top {
+		s.took = append(s.took, took{test{s.section, m[3]}, seconds})
+	}
 	switch m[2] {
 	case "PASS":
 		if top {
@@ -274,11 +290,30 @@ func (s *summary) text(line string) {
 	s.reason = ""
 }
 
+// What is worth saying of the slowest tests.
+const (
+	slow     = 5 // seconds
+	slowRows = 12
+)
+
+// slowest are the tests to look at when a stage takes too long.
+func (s *summary) slowest() []string {
+	slices.SortStableFunc(s.took, func(a, b took) int { return cmp.Compare(b.seconds, a.seconds) })
+	var rows []string
+	for _, t := range s.took {
+		if t.seconds < slow || len(rows) == slowRows {
+			break
+		}
+		rows = append(rows, fmt.Sprintf("%6.1f s  %s %s", t.seconds, shorten(t.pkg), t.name))
+	}
+	return rows
+}
+
 func (s *summary) finish(name string) {
 	for _, list := range []struct {
 		title string
 		rows  []string
-	}{{"skipped:", s.Skips}, {"skipped subtests (not counted):", s.subs}} {
+	}{{"slowest:", s.slowest()}, {"skipped:", s.Skips}, {"skipped subtests (not counted):", s.subs}} {
 		if len(list.rows) > 0 {
 			s.print(list.title + "\n  " + strings.Join(list.rows, "\n  ") + "\n")
 		}

@@ -106,6 +106,19 @@ func TestRun(t *testing.T) {
 			),
 			"exit status 2\nunfinished: TestA\nworking\nunit: 1 passed, 1 failed, 0 skipped\n", 1,
 		},
+		{
+			"what is slow is named, the slowest first",
+			lines(
+				`{"Action":"pass","Package":"`+p+`","Test":"TestA","Elapsed":5.5}`,
+				`{"Action":"pass","Package":"`+p+`","Test":"TestB/sub","Elapsed":50}`,
+				`{"Action":"pass","Package":"`+p+`","Test":"TestB","Elapsed":4.9}`,
+				"--- bench/e2e GMGATE_E2E_SLOW=1",
+				"    --- PASS: TestC/sub (99.00s)",
+				"--- PASS: TestC (12.34s)",
+			),
+			"--- bench/e2e GMGATE_E2E_SLOW=1\nslowest:\n    12.3 s  bench/e2e TestC\n     5.5 s  control/x TestA\n" +
+				"unit: 3 passed, 0 failed, 0 skipped\n", 0,
+		},
 		{"nothing ran", lines(ev("pass", p, "", "")), "unit: 0 passed, 0 failed, 0 skipped\n", 1},
 		{
 			"text of a guest",
