@@ -108,6 +108,11 @@ static __always_inline int tc(struct __sk_buff *skb, int raw)
 
 	in_order();
 	p.length = skb->len;
+	if (skb->gso_size) {
+		p.segments = skb->gso_segs;
+		if (!p.segments) // a virtual machine's neighbour does not tell
+			p.segments = skb->len / skb->gso_size + 1;
+	}
 	if ((void *)(long)skb->data + TC_PULL > (void *)(long)skb->data_end)
 		bpf_skb_pull_data(skb, skb->len < TC_PULL ? skb->len : TC_PULL); // a failure leaves less to read
 	version = network((void *)(long)skb->data, (void *)(long)skb->data_end, raw, &at);

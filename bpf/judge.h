@@ -27,6 +27,8 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 begin, __u32 v
 		if (!ours(p))
 			return PASS_OTHER;
 		p->bytes = bpf_ntohs(ip.total_length);
+		if (!p->bytes && p->segments)
+			p->bytes = p->length - at; // BIG TCP: more than the field can say
 		p->protocol = ip.protocol;
 		header = (ip.version_length & 15) * 4;
 		if (ip.version_length >> 4 != 4 || header < sizeof(ip) || p->bytes < header || p->bytes > p->length - at)
@@ -48,6 +50,8 @@ __noinline int NAME(locate)(CONTEXT *ctx, struct packet *p, __u32 begin, __u32 v
 		if (!ours(p) || is_mapped(&p->destination))
 			return PASS_OTHER; // there are no such addresses on the wire, and ours are IPv4 in that form
 		left = bpf_ntohs(ip.payload_length);
+		if (!left && p->segments)
+			left = p->length - at - sizeof(ip);
 		p->bytes = left + sizeof(ip);
 		p->protocol = ip.next;
 		if (ip.version_class >> 4 != 6 || p->bytes > p->length - at)

@@ -23,6 +23,8 @@ struct packet {
 	// Filled in by judge.
 	__u16 source_port, destination_port;
 	__u32 spi;
+
+	__u32 segments; // that the stack has merged into this frame, or not cut yet; 0: it is as it was sent
 };
 
 struct ipv4 {

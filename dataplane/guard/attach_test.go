@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -764,6 +765,54 @@ func TestChooseBesideUnpinned(t *testing.T) {
 		t.Error(err)
 	}
 	r.onDuty(t, g)
+}
+
+// TestBigTCP lets connections through that the stack merges beyond what the length of IP can say.
+func TestBigTCP(t *testing.T) {
+	r := newRoad(t)
+	c := r.config(t)
+	c.Mode = TC
+	g := stand(t, c)
+	if err := tryIP(r.phone, "link set ue0 gso_max_size 185000"); err != nil {
+		t.Skip(err) // of this kernel, or of this version of iproute2
+	}
+	const octets = 16 << 20
+	var l net.Listener
+	must(t, r.gate.Do(func() (err error) {
+		l, err = net.Listen("tcp6", netip.AddrPortFrom(gate6, roadOther).String())
+		return err
+	}))
+	defer l.Close() //nolint:errcheck // of a test
+	received := make(chan int64, 1)
+	go func() {
+		k, err := l.Accept()
+		if err != nil {
+			received <- -1
+			return
+		}
+		defer k.Close() //nolint:errcheck // of a test
+		_ = k.SetReadDeadline(time.Now().Add(patience))
+		n, _ := io.Copy(io.Discard, k)
+		received <- n
+	}()
+	var k net.Conn
+	must(t, r.phone.Do(func() (err error) {
+		k, err = net.Dial("tcp6", l.Addr().String())
+		return err
+	}))
+	must(t, k.SetWriteDeadline(time.Now().Add(patience)))
+	_, err := k.Write(make([]byte, octets))
+	must(t, errors.Join(err, k.Close()))
+	if n := <-received; n != octets {
+		t.Errorf("%d octets arrive, want %d", n, octets)
+	}
+	s := stats(t, g)
+	if n := s.Tally(DropMalformed).Packets; n != 0 {
+		t.Errorf("%d packets are malformed", n)
+	}
+	if n := s.Tally(PassOther); n.Packets > 0 {
+		t.Logf("%d octets a packet", n.Bytes/n.Packets)
+	}
 }
 
 // TestDropsNameInterfaces follows drops from another namespace's interface.

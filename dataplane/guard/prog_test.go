@@ -636,6 +636,67 @@ func TestChoices(t *testing.T) {
 	}
 }
 
+// merged is what a tc program is told of a frame that the stack has merged: struct __sk_buff as far as the kernel takes it.
+func merged(segments, size uint32) []byte {
+	b := make([]byte, 192)
+	binary.NativeEndian.PutUint32(b[164:], segments) // gso_segs
+	binary.NativeEndian.PutUint32(b[176:], size)     // gso_size
+	return b
+}
+
+// runMerged gives a tc program a frame that the stack has merged, and reports whether it lets it pass.
+func (w *ward) runMerged(t testing.TB, p *program, packet []byte, segments, size uint32) bool {
+	t.Helper()
+	if !p.raw {
+		packet = inFrame(packet)
+	}
+	got, err := p.prog.Run(&ebpf.RunOptions{Data: packet, Context: merged(segments, size)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got == p.pass
+}
+
+// TestMerged has packets that the stack has made greater than the length of IP can say (BIG TCP): with the length zero, and for
+// IPv6 up to Linux 6.19 with a jumbo payload option (RFC 2675).
+func TestMerged(t *testing.T) {
+	w := newWard(t, testConfig())
+	text := make([]byte, 200)
+	jumbo := func(port uint16) []byte {
+		return put16(ip6(phone6, local6, protoHopByHop, extension(protoHopByHop, protoTCP, 8, tcp(31000, port, flagACK, text))), 4, 0)
+	}
+	for _, c := range []struct {
+		name   string
+		packet func(port uint16) []byte
+	}{
+		{"IPv4", func(port uint16) []byte {
+			return put16(ip(phone4, local4, protoTCP, tcp(31000, port, flagACK, text)), 2, 0)
+		}},
+		{"IPv6", func(port uint16) []byte {
+			return put16(ip(phone6, local6, protoTCP, tcp(31000, port, flagACK, text)), 4, 0)
+		}},
+		{"IPv6 with its option", jumbo},
+	} {
+		for i := range w.programs {
+			p := &w.programs[i]
+			if !p.tc {
+				continue
+			}
+			for _, segments := range []uint32{2, 0} { // the latter where a virtual machine's neighbour has sent it
+				if !w.runMerged(t, p, c.packet(otherPort), segments, 100) || !w.runMerged(t, p, c.packet(clearPort), segments, 100) {
+					t.Errorf("%s: %s drops what was merged", c.name, p.name)
+				}
+				if w.runMerged(t, p, c.packet(portPS), segments, 100) {
+					t.Errorf("%s: %s lets merged packets pass in clear", c.name, p.name)
+				}
+			}
+			if w.runMerged(t, p, c.packet(otherPort), 1, 0) && c.name != "IPv6" { // there a length of zero hides the ports only
+				t.Errorf("%s: %s lets a length of zero pass of what was not merged", c.name, p.name)
+			}
+		}
+	}
+}
+
 // eventually waits for what a ring's reader does.
 func eventually(t testing.TB, what string, f func() bool) {
 	t.Helper()
