@@ -46,6 +46,7 @@
 #define MAX_LINK_HEADER 64	// octets before the IP packet
 #define MAX_PAYLOAD_AT 8191	// octets before its payload
 #define TC_PULL 22	  // octets that are made linear before the tc program looks: as far as the type behind the tags
+#define MAX_SEGMENTS 128  // datagrams that are merged at most: UDP_MAX_SEGMENTS of the kernel
 #define NO_SLOT 0xffffffffu // of an SA that is nobody's of ours
 
 #define FIRST_USE_RING (1 << 16) // octets

@@ -12,14 +12,17 @@ union payload {
 };
 
 // admit takes a token out of the bucket of a packet's source: an IPv4 address or an IPv6 /64, the least that one
-// subscriber has. Two CPUs that race for one bucket may let a packet more pass.
+// subscriber has. Of datagrams that the stack has merged it takes one for each, if need be of what is still to come. Two CPUs
+// that race for one bucket may let a packet more pass.
 static __always_inline int admit(const struct packet *p)
 {
+	__u64 now, full, *at, taken = limit_interval;
 	struct address key = p->source;
-	__u64 now, full, *at;
 
 	if (!limit_interval)
 		return 1;
+	if (p->segments)
+		taken *= p->segments < MAX_SEGMENTS ? p->segments : MAX_SEGMENTS;
 	if (!is_mapped(&key)) {
 		key.word[2] = 0;
 		key.word[3] = 0;
@@ -27,7 +30,7 @@ static __always_inline int admit(const struct packet *p)
 	now = bpf_ktime_get_coarse_ns();
 	at = bpf_map_lookup_elem(&sources, &key);
 	if (!at) {
-		full = now + limit_interval;
+		full = now + taken;
 		bpf_map_update_elem(&sources, &key, &full, BPF_ANY);
 		return 1;
 	}
@@ -36,7 +39,7 @@ static __always_inline int admit(const struct packet *p)
 		full = now;
 	if (full - now > limit_burst)
 		return 0;
-	*(volatile __u64 *)at = full + limit_interval;
+	*(volatile __u64 *)at = full + taken;
 	return 1;
 }
 
@@ -82,6 +85,8 @@ static __always_inline int begins_register(const struct packet *p, const union p
 	const __u32 *word = &l->word[UDP_HEADER / 4];
 	const __u8 *text = &l->octet[UDP_HEADER];
 
+	if (p->segments > 1)
+		return 1; // of merged ones only the first can be seen
 	if (length < 8)
 		return p->fragment; // the rest may follow
 	if (word[0] == bpf_htonl(0x52454749) && word[1] == bpf_htonl(0x53544552)) // "REGI" "STER"

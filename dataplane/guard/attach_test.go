@@ -815,6 +815,34 @@ func TestBigTCP(t *testing.T) {
 	}
 }
 
+// TestMergedByStack sends datagrams that the stack hands on as one. Each of them takes a token.
+func TestMergedByStack(t *testing.T) {
+	const datagrams, size = 8, 100
+	r := newRoad(t)
+	r.listen(t)
+	c := r.config(t)
+	c.Mode, c.Rate, c.Burst = TC, 1, 100
+	g := stand(t, c)
+	raw, err := r.way["udp4"].(*net.UDPConn).SyscallConn()
+	must(t, err)
+	must(t, errors.Join(raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, size)
+	}), err))
+	b := make([]byte, 0, datagrams*size)
+	for range datagrams {
+		b = append(append(b, "REGISTER "...), make([]byte, size-9)...)
+	}
+	start := time.Now()
+	_, err = r.way["udp4"].WriteTo(b, &net.UDPAddr{IP: gate4.AsSlice(), Port: roadClear})
+	must(t, err)
+	soon(t, "the datagrams arrive", func() bool { return r.got("udp4", roadClear) == datagrams })
+	var full uint64
+	must(t, g.objs.Sources.Lookup(words(roadPhone4), &full))
+	if lent := wall(full).Sub(start); lent < (datagrams-1)*time.Second {
+		t.Errorf("%d datagrams have taken tokens of %v", datagrams, lent)
+	}
+}
+
 // TestDropsNameInterfaces follows drops from another namespace's interface.
 func TestDropsNameInterfaces(t *testing.T) {
 	r := newRoad(t)

@@ -63,7 +63,8 @@ const (
 	defaultSAs     = 1 << 18
 	defaultUEs     = 1 << 17
 
-	maxLocal = 16 // MAX_LOCAL of bpf/consts.h
+	maxLocal    = 16  // MAX_LOCAL of bpf/consts.h
+	maxSegments = 128 // MAX_SEGMENTS of bpf/consts.h
 
 	// maxLanes bounds the counters of one UE: 32 octets for each CPU, up to so many.
 	maxLanes = 8

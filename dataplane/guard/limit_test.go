@@ -231,6 +231,50 @@ func TestBurst(t *testing.T) {
 	}
 }
 
+// TestMergedDatagrams takes a token for each of the datagrams that the stack has merged, whatever the first one is.
+func TestMergedDatagrams(t *testing.T) {
+	cfg := testConfig()
+	cfg.Rate, cfg.Burst = 1, 100
+	w := newWard(t, cfg)
+	for _, f := range families() {
+		for i := range w.programs {
+			p := &w.programs[i]
+			if !p.tc {
+				continue
+			}
+			for _, c := range []struct {
+				segments, size uint32
+				passes         int
+			}{{0, 0, 100}, {10, 50, 10}, {64, 50, 2}, {0, 50, 10}, {1 << 15, 1, 1}} {
+				for _, text := range []string{register, options} {
+					packet := ip(f.phone, f.local, protoUDP, udp(31000, clearPort, append([]byte(text), make([]byte, 470-len(text))...)))
+					w.refill(t, bucketOf(f.phone))
+					start, passed := time.Now(), 0
+					for range 150 {
+						if !w.runMerged(t, p, packet, c.segments, c.size) {
+							break
+						}
+						passed++
+					}
+					want := c.passes
+					if c.size == 0 && text == options {
+						want = 150 // no REGISTER
+					}
+					if most := want + int((time.Since(start)+clockStep)/cfg.interval()); passed < want || passed > most {
+						t.Errorf("%s, %s: %d times %d segments of %d octets pass, want %d to %d", f.name, p.name, passed, c.segments, c.size, want, most)
+					}
+					var full uint64
+					if err := w.objs.Sources.Lookup(bucketKey(bucketOf(f.phone)), &full); err == nil {
+						if lent := time.Until(wall(full)); lent > time.Duration(cfg.Burst+maxSegments)*time.Second {
+							t.Errorf("%s, %s: the bucket is full in %v only", f.name, p.name, lent)
+						}
+					}
+				}
+			}
+		}
+	}
+}
+
 // TestNoLimit has neither a rate nor buckets.
 func TestNoLimit(t *testing.T) {
 	cfg := testConfig()
