@@ -85,6 +85,9 @@ func (g *Guard) Attach() error {
 	}
 	if g.dir != nil {
 		g.dropStale()
+		if err := g.forgetOldLimit(); err != nil { // now that the program of the run before fills them no more
+			g.log.Warn("sources that the limit of an earlier run has emptied stay so", slog.Any("error", err))
+		}
 	}
 	return nil
 }

@@ -169,6 +169,34 @@ func TestOtherSizes(t *testing.T) {
 	running.end(t, r)
 }
 
+// TestOtherLimit gives a source its tokens back that a limit of the run before has taken for longer than this one could.
+func TestOtherLimit(t *testing.T) {
+	r := newRoad(t)
+	r.listen(t)
+	c := r.config(t)
+	c.Rate, c.Burst, c.LimitAll = 1, 3600, true
+	g := stand(t, c)
+	var now unix.Timespec
+	must(t, unix.ClockGettime(unix.CLOCK_MONOTONIC, &now))
+	full := uint64(now.Nano() + int64(50*time.Minute)) // after 3000 REGISTERs at once
+	must(t, g.objs.Sources.Put(words(roadPhone4), full))
+	must(t, g.Detach())
+	g = stand(t, c) // the same limit
+	var kept uint64
+	must(t, g.objs.Sources.Lookup(words(roadPhone4), &kept))
+	if kept != full {
+		t.Errorf("the bucket was changed by a restart: %d, want %d", kept, full)
+	}
+	must(t, g.Detach())
+	c.Rate, c.Burst = 10, 64
+	g = stand(t, c)
+	r.udp(t, "4", roadClear)
+	soon(t, "a source is let in again", func() bool { return r.got("udp4", roadClear) == 1 })
+	if n := tally(t, g, DropRegisterRate); n != 0 {
+		t.Errorf("%d dropped", n)
+	}
+}
+
 // TestModes goes from hook to hook, and leaves nothing of the one before.
 func TestModes(t *testing.T) {
 	r := newRoad(t)

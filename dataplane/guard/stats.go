@@ -3,8 +3,10 @@ package guard
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/gmgate/gmgate/bpf"
 )
@@ -72,16 +74,51 @@ const readBatch = 4096
 
 // CountSources returns how many sources the limit remembers. It reads all of them, which takes milliseconds.
 func (g *Guard) CountSources() (n int, err error) {
+	if err = g.eachSource(func(bpf.GuardAddress, uint64) { n++ }); err != nil {
+		err = fmt.Errorf("count sources: %w", err)
+	}
+	return n, err
+}
+
+// eachSource reads the buckets of the limit, each as the time at which it is full.
+func (g *Guard) eachSource(f func(bpf.GuardAddress, uint64)) error {
 	var cursor ebpf.MapBatchCursor
 	keys, values := make([]bpf.GuardAddress, readBatch), make([]uint64, readBatch)
 	for {
-		got, err := g.objs.Sources.BatchLookup(&cursor, keys, values, nil)
-		n += got
+		n, err := g.objs.Sources.BatchLookup(&cursor, keys, values, nil)
+		for i := range n {
+			f(keys[i], values[i])
+		}
 		if errors.Is(err, ebpf.ErrKeyNotExist) { // that was the last batch
-			return n, nil
+			return nil
 		}
 		if err != nil {
-			return n, fmt.Errorf("count sources: %w", err)
+			return err
 		}
 	}
+}
+
+// forgetOldLimit empties the buckets that the limit of the run before has left and this one cannot have made. They hold times:
+// what a slow limit with a great burst has lent would keep a source out for days under another one.
+func (g *Guard) forgetOldLimit() error {
+	if g.cfg.Rate == 0 {
+		return nil
+	}
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return os.NewSyscallError("clock_gettime", err)
+	}
+	last := uint64(now.Nano() + int64(g.cfg.interval())*int64(g.cfg.Burst+maxSegments)) //nolint:gosec // the clock counts from the boot
+	var old []bpf.GuardAddress
+	err := g.eachSource(func(k bpf.GuardAddress, full uint64) {
+		if full > last {
+			old = append(old, k)
+		}
+	})
+	for _, k := range old {
+		if e := g.objs.Sources.Delete(k); e != nil && !errors.Is(e, ebpf.ErrKeyNotExist) {
+			err = errors.Join(err, e)
+		}
+	}
+	return err
 }
