@@ -84,7 +84,9 @@ func (g *Guard) Attach() error {
 		return fmt.Errorf("attach guard: %w", errors.Join(err, g.detachAll()))
 	}
 	if g.dir != nil {
-		g.dropStale()
+		if len(g.hooks) > 0 { // else no interface could be found: what is there stays at work until one is
+			g.dropStale()
+		}
 		if err := g.forgetOldLimit(); err != nil { // now that the program of the run before fills them no more
 			g.log.Warn("sources that the limit of an earlier run has emptied stay so", slog.Any("error", err))
 		}

@@ -197,6 +197,27 @@ func TestOtherLimit(t *testing.T) {
 	}
 }
 
+// TestAddressComesLater starts while no interface has the address: the guard of the run before goes on, and is taken over.
+func TestAddressComesLater(t *testing.T) {
+	r := newRoad(t)
+	r.listen(t)
+	c := r.config(t)
+	g := stand(t, c)
+	pinned := Attached(c.Pin)
+	must(t, g.Detach())
+	c.Interfaces, c.Local = nil, []netip.Addr{netip.MustParseAddr("198.51.100.9")}
+	g = openOnly(t, c)
+	must(t, g.Attach())
+	if now := Attached(c.Pin); !slices.Equal(now, pinned) {
+		t.Errorf("%v are attached, want %v", now, pinned)
+	}
+	must(t, r.gate.AddAddr("gm0", netip.MustParsePrefix("198.51.100.9/24")))
+	soon(t, "the guard takes the interface over", func() bool {
+		hooks := g.Hooks()
+		return len(hooks) == 1 && hooks[0].Reason == "in place of the run before"
+	})
+}
+
 // TestModes goes from hook to hook, and leaves nothing of the one before.
 func TestModes(t *testing.T) {
 	r := newRoad(t)
