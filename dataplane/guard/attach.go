@@ -487,14 +487,20 @@ func Choose(cfg Config) ([]Hook, error) {
 	if hooks := Attached(cfg.Pin); len(hooks) > 0 {
 		return hooks, nil
 	}
-	cfg.Pin, cfg.trial = "", true
-	cfg.SAs, cfg.UEs, cfg.Sources = 2, 1, 1
+	cfg = cfg.tried()
 	g, err := Open(cfg)
 	if err != nil {
 		return nil, err
 	}
 	err = g.Attach()
 	return g.Hooks(), errors.Join(err, g.Close())
+}
+
+// tried is the configuration of the guard that Choose attaches.
+func (c Config) tried() Config { //nolint:gocritic // a copy is what is wanted
+	c.Pin, c.trial = "", true
+	c.SAs, c.UEs, c.Sources = 2, 1, 1
+	return c
 }
 
 // Attached returns the hooks of a guard that is pinned, whether a process owns it or not.

@@ -767,6 +767,27 @@ func TestChooseBesideUnpinned(t *testing.T) {
 	r.onDuty(t, g)
 }
 
+// TestTrialJudgesNothing has the guard of Choose on the interface: phones of a guard beside it, or of none, notice nothing.
+func TestTrialJudgesNothing(t *testing.T) {
+	for _, hook := range []HookKind{HookNative, bestTC(), HookTC} {
+		t.Run(string(hook), func(t *testing.T) {
+			r := newRoad(t)
+			r.listen(t)
+			c := r.bareConfig()
+			c.hooks = []HookKind{hook}
+			g := openOnly(t, c.tried())
+			must(t, g.Attach())
+			if h := hookOf(t, g, "gm0"); h.Kind != hook {
+				t.Fatalf("hook %+v", h)
+			}
+			for _, family := range []string{"4", "6"} {
+				r.esp(t, family, knownTo(family))
+				soon(t, "ESP of IPv"+family+" passes a trial", func() bool { return r.got("esp"+family, knownTo(family)) == 1 })
+			}
+		})
+	}
+}
+
 // TestBigTCP lets connections through that the stack merges beyond what the length of IP can say.
 func TestBigTCP(t *testing.T) {
 	r := newRoad(t)

@@ -54,7 +54,7 @@ type Config struct {
 
 	// Tests and Choose only.
 	hooks []HookKind // in place of those that the mode allows
-	trial bool       // its filters are told from those of a guard that is not pinned
+	trial bool       // its filters are told from those of a guard that is not pinned, and it lets everything pass
 }
 
 // Implementation constants.

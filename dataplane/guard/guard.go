@@ -130,9 +130,13 @@ func (g *Guard) configure(spec *ebpf.CollectionSpec) error {
 	interval := c.interval()
 	// Generic XDP comes after the kernel's ESP where GRO has that decrypt early, and cannot tell what is decrypted.
 	passClear := c.Mode == Generic && c.KernelESP
+	locals := uint32(len(c.Local)) //nolint:gosec // at most 16
+	if c.trial {
+		locals = 0 // it knows no SPI, and may stand beside a guard that knows them all: it must judge nothing
+	}
 	var errs []error
 	for name, v := range map[string]any{
-		bpf.GuardVarLocal: local, bpf.GuardVarLocals: uint32(len(c.Local)), //nolint:gosec // at most 16
+		bpf.GuardVarLocal: local, bpf.GuardVarLocals: locals,
 		bpf.GuardVarProtectedPorts: protected, bpf.GuardVarClearPort: c.ClearPort,
 		bpf.GuardVarLanes: uint32(n), bpf.GuardVarLanePerCpu: flag(private), //nolint:gosec // at most 8
 		bpf.GuardVarPassClear: flag(passClear), bpf.GuardVarPassUnknown: flag(c.PassUnknown), bpf.GuardVarLimitAll: flag(c.LimitAll),
