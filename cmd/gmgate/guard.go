@@ -42,24 +42,33 @@ func guardConfig(cfg *config.Config, kernel, clear bool, log *slog.Logger) guard
 // openGuard loads the guard. Without the privileges or a kernel for it gmgate works without, and says so, unless a hook was
 // asked for.
 func openGuard(cfg *config.Config, kernel, clear bool, log *slog.Logger) (*filter, error) {
+	return openGuardBy(guard.Open, cfg, kernel, clear, log)
+}
+
+func openGuardBy(open func(guard.Config) (*guard.Guard, error), cfg *config.Config, kernel, clear bool, log *slog.Logger) (*filter, error) {
 	f := &filter{mode: cfg.Guard.Mode, log: log}
 	if cfg.Guard.Mode == config.GuardOff {
-		// A run before may have left one.
-		if _, err := guard.Unload(cfg.PinPath(), log); err != nil {
-			log.Warn("cannot take the guard of an earlier run away", "error", err)
-		}
+		f.unload(cfg.PinPath())
 		return f, nil
 	}
-	g, err := guard.Open(guardConfig(cfg, kernel, clear, log))
+	g, err := open(guardConfig(cfg, kernel, clear, log))
 	switch {
 	case err == nil:
 		f.Guard = g
 	case errors.Is(err, guard.ErrUnavailable) && cfg.Guard.Mode == config.GuardAuto:
 		log.Warn("no guard in front of the protected ports, ESP and policies do without it", "error", err)
+		f.unload(cfg.PinPath())
 	default:
 		return nil, err
 	}
 	return f, nil
+}
+
+// unload takes away what a run before may have left: nobody would tell it the SPIs of the sets to come, and it would drop them.
+func (f *filter) unload(pin string) {
+	if _, err := guard.Unload(pin, f.log); err != nil {
+		f.log.Warn("cannot take the guard of an earlier run away, it drops the ESP of phones that register from now on", "error", err)
+	}
 }
 
 // start lets the SA sets of the run before pass, and puts the guard on the interfaces.

@@ -2,7 +2,9 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"testing"
 
@@ -84,6 +86,39 @@ func TestGuardedInstall(t *testing.T) {
 				t.Errorf("%s: the guard was given %+v", tt.name, seen.ID)
 			}
 		}
+	}
+}
+
+// A guard of the run before that this one cannot take over goes: it knows no SPI of the phones to come.
+func TestGuardUnavailable(t *testing.T) {
+	cfg := config.Example()
+	cfg.Guard.Pin = fmt.Sprintf("/sys/fs/bpf/gmgate-test-%d-left", os.Getpid())
+	t.Cleanup(func() { _ = os.RemoveAll(cfg.Guard.Pin) })
+	log := slog.New(slog.DiscardHandler)
+	g, err := guard.Open(guardConfig(cfg, false, false, log))
+	if err != nil {
+		if os.Getenv("REQUIRE_KERNEL_TESTS") == "1" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	if err := g.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	unavailable := func(guard.Config) (*guard.Guard, error) { return nil, guard.ErrUnavailable }
+	cfg.Guard.Mode = config.GuardXDP
+	if f, err := openGuardBy(unavailable, cfg, false, false, log); f != nil || !errors.Is(err, guard.ErrUnavailable) {
+		t.Errorf("%v and %v where a hook is asked for", f, err)
+	}
+	if len(guard.Pinned(cfg.Guard.Pin)) == 0 {
+		t.Fatal("nothing is pinned; what a run leaves that does not start at all is not to go")
+	}
+	cfg.Guard.Mode = config.GuardAuto
+	if f, err := openGuardBy(unavailable, cfg, false, false, log); f == nil || f.Guard != nil || err != nil {
+		t.Errorf("%v and %v", f, err)
+	}
+	if names := guard.Pinned(cfg.Guard.Pin); len(names) != 0 {
+		t.Errorf("%q of the run before are left", names)
 	}
 }
 
