@@ -82,7 +82,15 @@ func (t *table) evict(set uint64, keys []bpf.GuardSaKey) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, k := range keys {
-		switch err := t.sas.Delete(k); {
+		var v bpf.GuardSaValue
+		err := t.sas.Lookup(k, &v)
+		if err == nil {
+			if v.Set != set {
+				continue // a set that was installed meanwhile has taken it over
+			}
+			err = t.sas.Delete(k)
+		}
+		switch {
 		case err == nil:
 			t.entries--
 		case !errors.Is(err, ebpf.ErrKeyNotExist):

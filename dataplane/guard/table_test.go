@@ -307,6 +307,27 @@ func TestTakeOver(t *testing.T) {
 	checkFill(t, g, 2, 0) // an SA of another program at each of our addresses is not ours to take out
 }
 
+// TestEvictTakenOver takes a set out of which one SPI has become another set's between the look at the map and the removal.
+func TestEvictTakenOver(t *testing.T) {
+	g := openGuard(t, tableConfig(16, 4))
+	a, b := setOf(1, 1, local4, phone4, 0x1000), setOf(2, 2, local4, stranger4, 0x1001)
+	mustAdd(t, g, a)
+	keys, err := g.table.keys(&a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustAdd(t, g, b)
+	if err := g.table.evict(a.ID, keys[:]); err != nil {
+		t.Fatal(err)
+	}
+	checkFill(t, g, 2, 1)
+	for k, v := range content(t, g) {
+		if v.Set != b.ID {
+			t.Errorf("%v is %+v, want one of set %d", k, v, b.ID)
+		}
+	}
+}
+
 // mark counts packets of a UE context as the programs do.
 func mark(t rapid.TB, g *Guard, label uint32, n uint64) {
 	t.Helper()
