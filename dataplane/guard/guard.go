@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
@@ -83,6 +85,9 @@ func (g *Guard) load() error {
 	if err := g.configure(spec); err != nil {
 		return err
 	}
+	if errors.Is(features.HaveProgramHelper(ebpf.SchedCLS, asm.FnSkbGetXfrmState), ebpf.ErrNotSupported) {
+		withoutXFRM(spec)
+	}
 	opts := &ebpf.CollectionOptions{}
 	if g.dir != nil {
 		for _, name := range []string{bpf.GuardMapSas, bpf.GuardMapTraffics, bpf.GuardMapTallies, bpf.GuardMapLosses, bpf.GuardMapSources} {
@@ -106,6 +111,21 @@ func (g *Guard) load() error {
 		g.log.Info("maps of the guard have other sizes than before, counters begin anew")
 	}
 	return classify(err)
+}
+
+// withoutXFRM takes the question whether the kernel has decrypted a packet out of the programs, for kernels that have no XFRM
+// at all and so nothing to ask: the answer is no.
+func withoutXFRM(spec *ebpf.CollectionSpec) {
+	for _, p := range spec.Programs {
+		for i := range p.Instructions {
+			ins := &p.Instructions[i]
+			if ins.IsBuiltinCall() && asm.BuiltinFunc(ins.Constant) == asm.FnSkbGetXfrmState {
+				meta := ins.Metadata
+				*ins = asm.Mov.Imm(asm.R0, -1)
+				ins.Metadata = meta
+			}
+		}
+	}
 }
 
 // configure sets sizes and constants.

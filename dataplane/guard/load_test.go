@@ -1,6 +1,7 @@
 package guard
 
 import (
+	"math"
 	"slices"
 	"testing"
 
@@ -26,6 +27,48 @@ func TestLoops(t *testing.T) {
 			if from := fallenInto(p.Instructions); from >= 0 {
 				t.Errorf("%s: instruction %d falls into the head of the loop that it is in:\n%v", name, from, p.Instructions[max(from-3, 0):from+3])
 			}
+		}
+	}
+}
+
+// TestWithoutXFRM loads what a kernel without XFRM is given: it does not call what such a kernel does not have, and drops what
+// is in clear.
+func TestWithoutXFRM(t *testing.T) {
+	needBPF(t)
+	spec, err := bpf.LoadGuard()
+	if err != nil {
+		t.Fatal(err)
+	}
+	calls := func() (n int) {
+		for _, p := range spec.Programs {
+			for _, in := range p.Instructions {
+				if in.IsBuiltinCall() && asm.BuiltinFunc(in.Constant) == asm.FnSkbGetXfrmState {
+					n++
+				}
+			}
+		}
+		return n
+	}
+	if n := calls(); n != 2 {
+		t.Errorf("%d calls, want one of each tc program", n)
+	}
+	withoutXFRM(spec)
+	if n := calls(); n != 0 {
+		t.Errorf("%d calls are left", n)
+	}
+	c := testConfig()
+	must(t, c.complete())
+	must(t, (&Guard{cfg: c}).configure(spec))
+	var objs bpf.GuardObjects
+	must(t, spec.LoadAndAssign(&objs, nil))
+	defer objs.Close() //nolint:errcheck // of a test
+	for packet, want := range map[string]uint32{
+		string(inFrame(ip(phone4, local4, protoUDP, udp(31000, portPS, []byte(options))))): 2,
+		string(inFrame(ip(phone4, local4, protoUDP, udp(31000, otherPort, nil)))):          math.MaxUint32,
+	} {
+		got, err := objs.GuardTc.Run(&ebpf.RunOptions{Data: []byte(packet)})
+		if err != nil || got != want {
+			t.Errorf("verdict %d, want %d: %v", int32(got), int32(want), err) //nolint:gosec // TC_ACT_UNSPEC is -1
 		}
 	}
 }
