@@ -163,8 +163,34 @@ func (g *Guard) interfaces(links []hostnet.Link) ([]string, error) {
 	if len(g.cfg.Interfaces) > 0 {
 		return g.cfg.Interfaces, nil
 	}
-	return owners(g.cfg.Local, links)
+	names, err := owners(g.cfg.Local, links)
+	return lowest(names, links), err
 }
+
+// lowest leaves out the interfaces of which others in the list see all packets before: two programs would count each packet
+// twice, and take two tokens for a REGISTER.
+func lowest(names []string, links []hostnet.Link) []string {
+	listed := func(l hostnet.Link) bool { return slices.Contains(names, l.Name) }
+	var seen func(l hostnet.Link, depth int) bool
+	seen = func(l hostnet.Link, depth int) bool {
+		below, all := 0, true
+		for _, o := range links {
+			stacked := o.Index == l.Lower && (l.Kind == "vlan" || l.Kind == "macvlan" || l.Kind == "macvtap" || l.Kind == "ipvlan")
+			if stacked || o.Master == l.Index && o.Up {
+				below++
+				all = all && (listed(o) || depth > 0 && seen(o, depth-1))
+			}
+		}
+		return below > 0 && all
+	}
+	return slices.DeleteFunc(slices.Clone(names), func(name string) bool {
+		i := slices.IndexFunc(links, func(l hostnet.Link) bool { return l.Name == name })
+		return i >= 0 && seen(links[i], maxStacked)
+	})
+}
+
+// maxStacked is how many links stand on each other at most: MAX_NEST_DEV of the kernel.
+const maxStacked = 8
 
 // owners returns the interfaces that have addresses. An address of the loopback interface, which is reached over others,
 // stands for every Ethernet interface that is up.

@@ -704,6 +704,54 @@ func TestLoopbackAddress(t *testing.T) {
 	}
 }
 
+// TestLowest says which of the interfaces that packets pass get a guard.
+func TestLowest(t *testing.T) {
+	links := []hostnet.Link{
+		{Name: "eth0", Index: 2, Up: true}, {Name: "eth0.7", Index: 3, Up: true, Kind: "vlan", Lower: 2},
+		{Name: "mac0", Index: 4, Up: true, Kind: "macvlan", Lower: 3},
+		{Name: "bond0", Index: 5, Up: true, Kind: "bond"}, {Name: "eth1", Index: 6, Up: true, Master: 5}, {Name: "eth2", Index: 7, Up: true, Master: 5},
+		{Name: "eth3", Index: 8, Master: 5}, {Name: "bond0.7", Index: 9, Up: true, Kind: "vlan", Lower: 5},
+		{Name: "va", Index: 10, Up: true, Kind: "veth", Lower: 11}, {Name: "vb", Index: 11, Up: true, Kind: "veth", Lower: 10},
+		{Name: "br0", Index: 12, Up: true, Kind: "bridge"},
+	}
+	for _, c := range []struct{ names, want string }{
+		{"eth0", "eth0"},
+		{"eth0.7", "eth0.7"},
+		{"bond0", "bond0"},
+		{"br0", "br0"},
+		{"eth0 eth0.7", "eth0"},
+		{"eth0 mac0", "eth0"},
+		{"eth0.7 mac0", "eth0.7"},
+		{"eth1 bond0", "eth1 bond0"}, // eth2 has none
+		{"eth1 eth2 bond0", "eth1 eth2"},
+		{"eth1 eth2 bond0.7", "eth1 eth2"},
+		{"bond0 bond0.7", "bond0"},
+		{"va vb", "va vb"},
+		{"gone eth0", "gone eth0"},
+	} {
+		if got := strings.Join(lowest(strings.Fields(c.names), links), " "); got != c.want {
+			t.Errorf("of %s: %s, want %s", c.names, got, c.want)
+		}
+	}
+}
+
+// TestStackedOnce has the address on the loopback interface and a link that stands on another: each packet is judged once.
+func TestStackedOnce(t *testing.T) {
+	r := newRoad(t)
+	service := netip.MustParseAddr("198.51.100.1")
+	must(t, r.gate.AddAddr("lo", netip.PrefixFrom(service, 32)))
+	if err := errors.Join(tryIP(r.gate, "link add br0 type bridge"), tryIP(r.gate, "link set gm0 master br0"), tryIP(r.gate, "link set br0 up")); err != nil {
+		t.Skip(err) // of this kernel
+	}
+	c := r.config(t)
+	c.Local, c.Interfaces = []netip.Addr{service}, nil
+	g := openOnly(t, c)
+	must(t, g.Attach())
+	if h := g.Hooks(); len(h) != 1 || h[0].Interface != "gm0" {
+		t.Errorf("hooks %+v, want one on gm0", h)
+	}
+}
+
 // TestNoAddress has no interface with the address, which is an error only where a hook was asked for.
 func TestNoAddress(t *testing.T) {
 	r := newRoad(t)

@@ -15,6 +15,10 @@ type Link struct {
 	Ethernet bool // its packets have an Ethernet header
 	Loopback bool
 	Up       bool
+
+	Kind   string // of a virtual link, as ip link names it
+	Lower  int    // index of the link that it is on, of a veth that of its other end, if that is in this namespace; 0: none
+	Master int    // index of the link that takes all that comes in by it, such as a bridge; 0: none
 }
 
 // Links returns the links of the namespace.
@@ -26,10 +30,14 @@ func (n *NS) Links() (list []Link, err error) {
 		}
 		for _, l := range all {
 			a := l.Attrs()
-			list = append(list, Link{
+			k := Link{
 				Name: a.Name, Index: a.Index, Ethernet: a.EncapType == "ether" || a.EncapType == "loopback",
-				Loopback: a.EncapType == "loopback", Up: a.Flags&unix.IFF_UP != 0,
-			})
+				Loopback: a.EncapType == "loopback", Up: a.Flags&unix.IFF_UP != 0, Kind: l.Type(), Master: a.MasterIndex,
+			}
+			if a.NetNsID < 0 { // else the index is one of another namespace
+				k.Lower = a.ParentIndex
+			}
+			list = append(list, k)
 		}
 		return nil
 	})

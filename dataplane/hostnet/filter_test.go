@@ -113,7 +113,7 @@ func TestFilterErrors(t *testing.T) {
 // TestLinks tells the kinds of links apart.
 func TestLinks(t *testing.T) {
 	ns := newNS(t)
-	must(t, ns.Veth("gm0", ns, "gm1"))
+	must(t, ns.Veth("gm0", newNS(t), "gm0"))
 	links, err := ns.Links()
 	must(t, err)
 	get := func(name string) hostnet.Link {
@@ -129,10 +129,11 @@ func TestLinks(t *testing.T) {
 		l.Index = 0
 		return l
 	}
-	if got, want := get("lo"), (hostnet.Link{Name: "lo", Ethernet: true, Loopback: true, Up: true}); got != want {
+	if got, want := get("lo"), (hostnet.Link{Name: "lo", Ethernet: true, Loopback: true, Up: true, Kind: "device"}); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
-	if got, want := get("gm0"), (hostnet.Link{Name: "gm0", Ethernet: true, Up: true}); got != want {
+	// The other end is in another namespace, and its index means nothing here.
+	if got, want := get("gm0"), (hostnet.Link{Name: "gm0", Ethernet: true, Up: true, Kind: "veth"}); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }
