@@ -228,6 +228,7 @@ func (g *Guard) end() bool {
 	g.rings.close()
 	g.watching.Wait()
 	g.followers.close()
+	_ = g.objs.SampleInterval.Set(uint64(0)) // a program that stays would go on sampling for nobody, and count it as lost
 	return true
 }
 

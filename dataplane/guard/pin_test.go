@@ -64,6 +64,42 @@ func TestDetach(t *testing.T) {
 	}
 }
 
+// TestDetachFollowed leaves no program behind that goes on sampling drops for somebody who followed them.
+func TestDetachFollowed(t *testing.T) {
+	r := newRoad(t)
+	g := stand(t, r.config(t))
+	info, err := g.objs.GuardXdp.Info()
+	must(t, err)
+	var interval *ebpf.Map // a handle that outlives the guard's
+	ids, _ := info.MapIDs()
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		must(t, err)
+		if i, err := m.Info(); err == nil && i.Name == ".bss" {
+			interval = m
+			continue
+		}
+		must(t, m.Close())
+	}
+	if interval == nil {
+		t.Fatal("the program has no variables")
+	}
+	defer interval.Close() //nolint:errcheck // a handle only
+	done := make(chan error, 1)
+	go func() { done <- g.Follow(t.Context(), func(*Drop) {}) }()
+	sampling := func() bool { // the interval is the only variable that is ever anything but zero
+		b, err := interval.LookupBytes(uint32(0))
+		must(t, err)
+		return slices.ContainsFunc(b, func(v byte) bool { return v != 0 })
+	}
+	soon(t, "samples are taken", sampling)
+	must(t, g.Detach())
+	must(t, <-done)
+	if sampling() {
+		t.Error("samples are taken for nobody")
+	}
+}
+
 // flood pours packets of known and unknown SPIs until it is stopped, at no more than the receiver takes.
 type flood struct {
 	stop context.CancelFunc
