@@ -322,7 +322,8 @@ func (g *Guard) attachAs(ns *hostnet.NS, h *hook, l hostnet.Link, kind HookKind)
 		g.yield(l.Name, HookNative)
 		h.link, err = link.AttachXDP(link.XDPOptions{Program: p, Interface: l.Index, Flags: link.XDPGenericMode})
 	case HookTCX:
-		h.link, err = link.AttachTCX(link.TCXOptions{Program: p, Interface: l.Index, Attach: ebpf.AttachTCXIngress})
+		// In front of others: one that accepts a packet ends the chain. Ours hands on what it does not drop.
+		h.link, err = link.AttachTCX(link.TCXOptions{Program: p, Interface: l.Index, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
 	case HookTC:
 		f := g.filterOf(l.Name)
 		if err := f.Attach(ns, p.FD()); err != nil {

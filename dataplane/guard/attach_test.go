@@ -19,6 +19,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -635,6 +636,28 @@ func TestNativeTaken(t *testing.T) {
 	}
 	must(t, other.Close())
 	r.onDuty(t, g)
+}
+
+// TestBehindNobody has a program of somebody else at the hook that accepts every packet, which ends the chain there.
+func TestBehindNobody(t *testing.T) {
+	r := newRoad(t)
+	if !haveTCX() {
+		t.Skip("no tcx before Linux 6.6")
+	}
+	r.listen(t)
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()}, License: "Apache-2.0"})
+	must(t, err)
+	defer p.Close() //nolint:errcheck // a handle only
+	must(t, r.gate.Do(func() error {
+		other, err := link.AttachTCX(link.TCXOptions{Program: p, Interface: linkOf(t, r.gate, "gm0").Index, Attach: ebpf.AttachTCXIngress})
+		if err == nil {
+			t.Cleanup(func() { _ = other.Close() })
+		}
+		return err
+	}))
+	c := r.config(t)
+	c.hooks = []HookKind{HookTCX}
+	r.onDuty(t, stand(t, c))
 }
 
 // TestLateInterface attaches to an interface that does not exist yet, and again after it was made anew.
