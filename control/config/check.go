@@ -17,6 +17,8 @@ const (
 	minClientPorts = 4
 	// minSPIs is the smallest useful range: an SA set takes two SPIs of ours, and they are drawn at random.
 	minSPIs = 4096
+	// maxGuarded is how many Gm addresses the guard has room for: MAX_LOCAL of bpf/consts.h.
+	maxGuarded = 16
 )
 
 // resolve fills in what next hops leave open: the addresses of names and the transport.
@@ -50,6 +52,9 @@ func (c *Config) check(r *report) {
 	if need := 2 * c.Limits.SASets; need > c.Guard.MaxSAs && c.Guard.Mode != GuardOff &&
 		!r.anyFailed("limits.sa_sets", "guard.max_sas", "guard.mode") {
 		r.addf("guard.max_sas", "%d is too few for limits.sa_sets, which need %d", c.Guard.MaxSAs, need)
+	}
+	if n := len(c.Gm.Addresses); n > maxGuarded && c.Guard.Mode != GuardOff && !r.anyFailed("gm.addresses", "guard.mode") {
+		r.add("gm.addresses", fmt.Sprintf("%d addresses, the guard takes at most %d", n, maxGuarded), "set guard.mode: off, or run a second instance")
 	}
 	c.checkMetrics(r)
 }

@@ -278,6 +278,7 @@ func TestValidate(t *testing.T) {
 		{"workers: -1 is out of range, allowed are 0 to 256", func(c *Config) { c.Workers = -1 }},
 		{"gm.addresses: required and missing", func(c *Config) { c.Gm.Addresses = nil }},
 		{"gm.addresses[0]: no address", func(c *Config) { c.Gm.Addresses = make([]netip.Addr, 1) }},
+		{"gm.addresses: 17 addresses, the guard takes at most 16", func(c *Config) { c.Gm.Addresses = manyAddresses(17) }},
 		{"gm.port: 0 is out of range", func(c *Config) { c.Gm.Port = 0 }},
 		{"gm.server_ports[0]: 5061 is a port of unprotected SIP", func(c *Config) { c.Gm.ServerPorts = []uint16{5061} }},
 		{"gm.client_ports: 0 ports, at least 4", func(c *Config) { c.Gm.ClientPorts = nil }},
@@ -317,6 +318,27 @@ func TestValidate(t *testing.T) {
 		if lines := strings.Split(err.Error(), "\n"); len(lines) != 1 || !strings.HasPrefix(lines[0], tt.want) {
 			t.Errorf("got %q, want one line with %q", lines, tt.want)
 		}
+	}
+}
+
+func manyAddresses(n int) (list []netip.Addr) {
+	a := netip.MustParseAddr("10.0.0.5")
+	for range n {
+		list, a = append(list, a), a.Next()
+	}
+	return list
+}
+
+// The limit on the number of Gm addresses is the guard's alone.
+func TestManyAddresses(t *testing.T) {
+	c := Example()
+	c.Gm.Addresses = manyAddresses(16)
+	if err := c.Validate(); err != nil {
+		t.Errorf("16 addresses: %v", err)
+	}
+	c.Gm.Addresses, c.Guard.Mode = manyAddresses(17), GuardOff
+	if err := c.Validate(); err != nil {
+		t.Errorf("17 addresses without a guard: %v", err)
 	}
 }
 
