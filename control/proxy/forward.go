@@ -135,7 +135,7 @@ func (w *Worker) ownMw(u *sipmsg.URI) bool {
 	if !ok {
 		return false
 	}
-	return slices.Contains(w.cfg.Mw, a)
+	return slices.Contains(w.cfg.Mw, a) || a == w.ownIP // peers may write an IPv6 address in another form
 }
 
 // routes is the Route set of the current request after our own entries were taken off its top.
@@ -355,7 +355,7 @@ func (w *Worker) putMwHost() {
 		w.e.AddrPort(w.mwAddr(w.cfg.NextHops[0].Addr.Addr()))
 		return
 	}
-	w.e.Str(w.cfg.PathHost)
+	w.e.Str(w.ownName)
 	w.e.Str(":")
 	w.e.Uint(uint64(w.mwPort))
 }

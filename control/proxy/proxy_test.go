@@ -814,6 +814,40 @@ func TestRequestToUE(t *testing.T) {
 	}
 }
 
+// An address as mw.path_host stands in brackets where it is IPv6, and is known again in whatever form the core writes it.
+func TestPathHostAddress(t *testing.T) {
+	for host, ways := range map[string][]string{
+		"pcscf." + domain:  {"pcscf." + domain, "PCSCF." + domain},
+		"192.0.2.5":        {"192.0.2.5"},
+		"2001:db8:9::5":    {"[2001:db8:9::5]", "[2001:DB8:9:0:0:0:0:5]"},
+		"2001:DB8:9::0005": {"[2001:db8:9::5]"},
+	} {
+		r := newRig(t, func(c *Config) { c.PathHost = host })
+		req := r.one(clearFlow(), newPhone().register("path", 5060))
+		path := get(t, req.msg, sipmsg.Path)
+		na, err := sipmsg.ParseNameAddr([]byte(path))
+		if err != nil {
+			t.Fatalf("Path %q: %v", path, err)
+		}
+		u, err := sipmsg.ParseURI(na.URI)
+		if err != nil || !strings.EqualFold(string(u.Host), host) || u.Port != 5060 {
+			t.Errorf("Path %q: host %q, port %d, %v", path, u.Host, u.Port, err)
+		}
+		if u, err := sipmsg.ParseURI([]byte(r.w.subs.uri)); err != nil || !strings.EqualFold(string(u.Host), host) {
+			t.Errorf("own URI %q: %v", r.w.subs.uri, err)
+		}
+		r = newRig(t, func(c *Config) { c.PathHost = host })
+		p := r.registered()
+		from := coreFlow()
+		from.Remote = netip.MustParseAddrPort("10.0.1.7:6060")
+		for i, way := range ways {
+			invite := strings.Replace(r.request(p, "INVITE", fmt.Sprintf("ph%d", i)), "10.0.1.5:5060;lr", way+":5060;lr", 1)
+			out := r.one(from, invite)
+			p.downlink(t, out)
+		}
+	}
+}
+
 // A UE cannot have its answers sent anywhere but to the sender of the request.
 func TestAnswerFromUEIsBound(t *testing.T) {
 	r := newRig(t)

@@ -108,7 +108,7 @@ func (w *Worker) ownHost() string {
 	if w.cfg.PathHost == "" {
 		return w.mwAddr(w.cfg.NextHops[0].Addr.Addr()).String()
 	}
-	return w.cfg.PathHost + ":" + strconv.Itoa(int(w.mwPort))
+	return w.ownName + ":" + strconv.Itoa(int(w.mwPort))
 }
 
 // clock is the time since the worker began: shorter than a time.Time.

@@ -123,8 +123,10 @@ type Worker struct {
 	text []byte // scratch for header values
 	addr []byte // scratch for an address in text
 
-	mwPort uint16                  // our own Mw port
-	route  *registrar.ServiceRoute // the one learnt last
+	mwPort  uint16                  // our own Mw port
+	ownName string                  // Config.PathHost as it stands in a URI
+	ownIP   netip.Addr              // the same, if it is an address
+	route   *registrar.ServiceRoute // the one learnt last
 
 	txs               map[txKey]*regTx
 	newest            map[registrar.Key]*regTx // newest REGISTER transaction of a UE
@@ -180,6 +182,10 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 		sentBy:  make(map[ims.ConnID]netip.AddrPort),
 		repeats: repeats{by: make(map[repeatKey]*repeat)},
 		names:   newResolver(cfg.Hosts),
+	}
+	w.ownName = cfg.PathHost
+	if w.ownIP, _ = netip.ParseAddr(cfg.PathHost); w.ownIP.Is6() { // a name leaves it invalid
+		w.ownName = "[" + cfg.PathHost + "]" // RFC 3261 §25.1: IPv6reference
 	}
 	if w.rules == nil {
 		w.rules = policy.Compile(policy.Settings{IPsec: policy.Require, Suites: cfg.Suites})
