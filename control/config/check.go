@@ -56,6 +56,9 @@ func (c *Config) check(r *report) {
 	if n := len(c.Gm.Addresses); n > maxGuarded && c.Guard.Mode != GuardOff && !r.anyFailed("gm.addresses", "guard.mode") {
 		r.add("gm.addresses", fmt.Sprintf("%d addresses, the guard takes at most %d", n, maxGuarded), "set guard.mode: off, or run a second instance")
 	}
+	if p := c.Store.Path; p != "" && p == c.Store.KeyFile && c.Store.Credential == "" {
+		r.add("store.key_file", "is store.path as well", "leave it out to get the default")
+	}
 	c.checkMetrics(r)
 }
 

@@ -393,12 +393,15 @@ func (c *Config) Validate() error {
 	return r.err()
 }
 
+// maxWorkers is how many there may be: flow tokens have a byte for the worker.
+const maxWorkers = 256
+
 // WorkerCount returns the number of workers: Workers, or one for each CPU that the process may use.
 func (c *Config) WorkerCount() int {
 	if c.Workers > 0 {
 		return c.Workers
 	}
-	return runtime.GOMAXPROCS(0)
+	return min(runtime.GOMAXPROCS(0), maxWorkers)
 }
 
 // instancePlace stands for the instance's name in the path of the admin socket, so that several instances on a host get

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -284,6 +285,14 @@ func TestValidate(t *testing.T) {
 		{"gm.client_ports: 0 ports, at least 4", func(c *Config) { c.Gm.ClientPorts = nil }},
 		{"gm.clear_requests: \"\" is not reject or drop", func(c *Config) { c.Gm.ClearRequests = "" }},
 		{"gm.tcp.idle_timeout: must be longer than zero", func(c *Config) { c.Gm.TCP.IdleTimeout = 0 }},
+		{"gm.tcp.dial_timeout: 10ms is less than 100ms", func(c *Config) { c.Gm.TCP.DialTimeout = 10 * time.Millisecond }},
+		{"timers.reg_await_auth: 4ms is less than 1s", func(c *Config) { c.Timers.RegAwaitAuth = 4 * time.Millisecond }},
+		{"mw.health_interval: 5ms is less than 1s", func(c *Config) { c.Mw.HealthInterval = 5 * time.Millisecond }},
+		{"security.rules[0].temporary_timeout: 30ms is less than 1s", func(c *Config) {
+			c.Security.Rules = []Rule{{TemporaryTimeout: 30 * time.Millisecond}}
+		}},
+		{`store.path: "/var/lib/gmgate/" is a directory`, func(c *Config) { c.Store.Path = "/var/lib/gmgate/" }},
+		{"store.key_file: is store.path as well", func(c *Config) { c.Store.KeyFile = c.Store.Path }},
 		{"security.algorithms[0]: null=null is no pair", func(c *Config) {
 			c.Security.Algorithms = []ims.Suite{{Alg: ims.AlgNull, Enc: ims.EncNull}}
 		}},
@@ -381,6 +390,11 @@ func TestWorkerCount(t *testing.T) {
 	}
 	if n := (&Config{}).WorkerCount(); n < 1 {
 		t.Errorf("WorkerCount = %d, want at least 1", n)
+	}
+	cpus := runtime.GOMAXPROCS(384)
+	defer runtime.GOMAXPROCS(cpus)
+	if n := (&Config{}).WorkerCount(); n != maxWorkers {
+		t.Errorf("with 384 CPUs: WorkerCount = %d, want %d", n, maxWorkers)
 	}
 }
 

@@ -91,7 +91,7 @@ func ruleFields(i int) []field {
 		optional(boolField("reply_by_via", "UDP answers to requests with rport go back from port-ps to port-uc, not from port-pc to port-us.",
 			func(c *Config) *bool { return &rule(c).ReplyByVia }), func(c *Config) bool { return !rule(c).ReplyByVia }),
 		optional(durationField("temporary_timeout", "Instead of timers.reg_await_auth.",
-			func(c *Config) *time.Duration { return &rule(c).TemporaryTimeout }, 1),
+			func(c *Config) *time.Duration { return &rule(c).TemporaryTimeout }, time.Second),
 			func(c *Config) bool { return rule(c).TemporaryTimeout == 0 }),
 	}
 }

@@ -49,7 +49,7 @@ func schema() []field {
 				return ""
 			}),
 		intField("workers", "Threads that handle SIP; 0 means one for each CPU. A phone belongs to one worker.",
-			func(c *Config) *int { return &c.Workers }, 0, 256),
+			func(c *Config) *int { return &c.Workers }, 0, maxWorkers),
 		{key: "gm", doc: "Gm: the side of the phones.", sub: []field{
 			listField("addresses", "Addresses that phones send to, IPv4 and IPv6. Required.",
 				func(c *Config) *[]netip.Addr { return &c.Gm.Addresses }, readAddr, quoted[netip.Addr],
@@ -72,9 +72,9 @@ func schema() []field {
 				intField("max_per_source", "The same for one IPv4 address or IPv6 /64 on the unprotected port.",
 					func(c *Config) *int { return &c.Gm.TCP.MaxPerSource }, 1, int64(ims.MaxConnID)),
 				durationField("idle_timeout", "A connection without traffic is closed after this time.",
-					func(c *Config) *time.Duration { return &c.Gm.TCP.IdleTimeout }, 1),
+					func(c *Config) *time.Duration { return &c.Gm.TCP.IdleTimeout }, time.Second),
 				durationField("dial_timeout", "Limit for opening a connection to a phone.",
-					func(c *Config) *time.Duration { return &c.Gm.TCP.DialTimeout }, 1),
+					func(c *Config) *time.Duration { return &c.Gm.TCP.DialTimeout }, 100*time.Millisecond),
 				intField("max_segment", "TCP maximum segment size: leaves room for ESP.",
 					func(c *Config) *int { return &c.Gm.TCP.MaxSegment }, 536, 65495),
 			}},
@@ -148,14 +148,15 @@ func schema() []field {
 			enumField("service_route", "Initial request whose Route is not the Service-Route: repair it, or refuse the request (400).",
 				func(c *Config) *ServiceRoute { return &c.Mw.ServiceRoute }, ServiceRouteRepair, ServiceRouteRefuse),
 			durationField("register_timeout", "How long the core may take to answer a REGISTER.",
-				func(c *Config) *time.Duration { return &c.Mw.RegisterTimeout }, 1),
-			durationField("health_interval", "Time between two OPTIONS to a next hop; 0: none are sent.",
-				func(c *Config) *time.Duration { return &c.Mw.HealthInterval }, 0),
+				func(c *Config) *time.Duration { return &c.Mw.RegisterTimeout }, time.Second),
+			orZero(durationField("health_interval", "Time between two OPTIONS to a next hop; 0: none are sent.",
+				func(c *Config) *time.Duration { return &c.Mw.HealthInterval }, time.Second),
+				func(c *Config) bool { return c.Mw.HealthInterval == 0 }),
 			{key: "reg_event", doc: "Subscriptions to the registration state of the phones (RFC 3680): by them the core can\nend a registration.", sub: []field{
 				boolField("enabled", "Subscribe for each registered phone. A core that refuses is not asked again.",
 					func(c *Config) *bool { return &c.Mw.RegEvent.Enabled }),
 				durationField("expires", "A subscription is asked for at least this time, and for longer than the registration.",
-					func(c *Config) *time.Duration { return &c.Mw.RegEvent.Expires }, 1),
+					func(c *Config) *time.Duration { return &c.Mw.RegEvent.Expires }, time.Second),
 				textField("uri", "Own SIP URI of this P-CSCF; empty: made from path_host or the Mw address.",
 					func(c *Config) *string { return &c.Mw.RegEvent.URI }, func(s string) string {
 						if s != "" && !validSIPURI(s) {
@@ -175,11 +176,11 @@ func schema() []field {
 		}},
 		{key: "timers", doc: "Timers of registrations and SA sets (TS 24.229, TS 33.203 section 7.4).", sub: []field{
 			durationField("reg_await_auth", "A challenged phone has this long to come back protected.",
-				func(c *Config) *time.Duration { return &c.Timers.RegAwaitAuth }, 1),
+				func(c *Config) *time.Duration { return &c.Timers.RegAwaitAuth }, time.Second),
 			durationField("lifetime_margin", "An SA set lives this much longer than the registration.",
-				func(c *Config) *time.Duration { return &c.Timers.LifetimeMargin }, 1),
+				func(c *Config) *time.Duration { return &c.Timers.LifetimeMargin }, time.Second),
 			durationField("old_set", "A replaced SA set is kept this long for what is still on its way.",
-				func(c *Config) *time.Duration { return &c.Timers.OldSet }, 1),
+				func(c *Config) *time.Duration { return &c.Timers.OldSet }, time.Second),
 		}},
 		{key: "store", doc: "Where registrations and SA sets are kept, so that a restart loses none.", sub: []field{
 			textField("path", "Database file; \"\" keeps nothing. Its directory is made if it is missing.",
@@ -324,15 +325,16 @@ func boolField(key, doc string, at func(*Config) *bool) field {
 	}
 }
 
+// durationField is a duration of at least lowest, which catches ms where m was meant.
 func durationField(key, doc string, at func(*Config) *time.Duration, lowest time.Duration) field {
 	check := func(v time.Duration) string {
 		switch {
 		case v < 0:
 			return fmt.Sprintf("%s is negative", v)
-		case v < lowest && lowest > 1:
-			return fmt.Sprintf("%s is less than %s", v, lowest)
-		case v < lowest:
+		case v == 0 && lowest > 0:
 			return "must be longer than zero"
+		case v < lowest:
+			return fmt.Sprintf("%s is less than %s", v, lowest)
 		}
 		return ""
 	}
@@ -346,6 +348,17 @@ func durationField(key, doc string, at func(*Config) *time.Duration, lowest time
 		check: func(c *Config, r *report, path string) { fault(r, path, check(*at(c))) },
 		show:  func(c *Config) string { return showDuration(*at(c)) },
 	}
+}
+
+// orZero lets zero, which switches something off, pass the check of a field.
+func orZero(f field, zero func(*Config) bool) field {
+	check := f.check
+	f.check = func(c *Config, r *report, path string) {
+		if !zero(c) {
+			check(c, r, path)
+		}
+	}
+	return f
 }
 
 func textField(key, doc string, at func(*Config) *string, check func(string) string) field {
@@ -851,8 +864,11 @@ func validName(s string) bool {
 
 // pathFault says why s is no path of a file, or nothing.
 func pathFault(s string) string {
-	if s != "" && !filepath.IsAbs(s) {
+	switch {
+	case s != "" && !filepath.IsAbs(s):
 		return "not an absolute path"
+	case strings.HasSuffix(s, "/"):
+		return "a directory and not a file"
 	}
 	return ""
 }
