@@ -46,6 +46,9 @@ func openKeeper(ctx context.Context, cfg *config.Config, log *slog.Logger) (*kee
 	if cfg.Store.Path == "" {
 		return k, nil
 	}
+	if err := os.MkdirAll(filepath.Dir(cfg.Store.Path), 0o700); err != nil { // wherever the key comes from
+		return nil, fmt.Errorf("make directory of the store: %w", err)
+	}
 	key, err := sealingKey(cfg, log)
 	if err != nil {
 		return nil, err
@@ -69,9 +72,6 @@ func openKeeper(ctx context.Context, cfg *config.Config, log *slog.Logger) (*kee
 func sealingKey(cfg *config.Config, log *slog.Logger) (ims.Key, error) {
 	if cfg.Store.Credential != "" {
 		return store.CredentialKey(cfg.Store.Credential)
-	}
-	if err := os.MkdirAll(filepath.Dir(cfg.Store.Path), 0o700); err != nil {
-		return nil, fmt.Errorf("make directory of the store: %w", err)
 	}
 	file := cfg.Store.KeyFile
 	if file == "" {

@@ -84,6 +84,22 @@ func TestKeeper(t *testing.T) {
 	}
 }
 
+// With the key in a credential the directory is made as well.
+func TestKeeperCredential(t *testing.T) {
+	cfg := storeConfig(t)
+	creds := t.TempDir()
+	if err := os.WriteFile(filepath.Join(creds, "seal"), storetest.Key(32, 7), 0o400); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("CREDENTIALS_DIRECTORY", creds)
+	cfg.Store.Credential = "seal"
+	k, _, err := keep(t, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed(t, k)
+}
+
 // A store that cannot be used is moved aside, said aloud, and service goes on; one that others may read, or whose key is
 // another one, is the operator's to mend.
 func TestKeeperTrouble(t *testing.T) {
