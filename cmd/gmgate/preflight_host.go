@@ -19,8 +19,9 @@ import (
 	"github.com/gmgate/gmgate/dataplane/xfrm"
 )
 
-// oldestGuard is the oldest kernel that loads the guard's programs: atomic operations that return a value.
-var oldestGuard = [2]int{5, 12}
+// oldestGuard is the oldest kernel that loads the guard's programs: those of XDP ask for the length of a packet
+// (bpf_xdp_get_buff_len), and they are loaded together with those of tc.
+var oldestGuard = [2]int{5, 18}
 
 // memcg is the first kernel that accounts eBPF maps to the control group instead of RLIMIT_MEMLOCK.
 var memcg = [2]int{5, 11}

@@ -344,6 +344,20 @@ func TestPreflightFindings(t *testing.T) {
 			want: "kernel/release", state: verdictNote, text: "refused by a test",
 		},
 		{
+			name: "kernel without what the guard's programs call",
+			change: func(p *preflight, _ fstest.MapFS) {
+				p.host.Uname = func() (string, string, error) { return "5.15.0-91-generic", "x86_64", nil }
+			},
+			want: "kernel/release", state: verdictWarn, text: "5.18 or later",
+		},
+		{
+			name: "oldest kernel with it",
+			change: func(p *preflight, _ fstest.MapFS) {
+				p.host.Uname = func() (string, string, error) { return "5.18.0", "x86_64", nil }
+			},
+			want: "kernel/release", state: verdictOK, text: "5.18.0",
+		},
+		{
 			name:   "no eBPF",
 			change: func(_ *preflight, files fstest.MapFS) { delete(files, "proc/sys/kernel/unprivileged_bpf_disabled") },
 			want:   "ebpf/bpf", state: verdictWarn, text: "CONFIG_BPF_SYSCALL",
