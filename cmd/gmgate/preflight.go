@@ -73,7 +73,7 @@ type preflight struct {
 	support   xfrm.Support
 	backend   config.Backend // BackendAuto: not known
 	links     []probe.Link
-	gm        []string            // the interfaces of the Gm addresses
+	gm        []string            // the interfaces that phones come in by
 	reachable map[netip.Addr]bool // the addresses that sockets can be bound to
 }
 

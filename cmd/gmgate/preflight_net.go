@@ -30,13 +30,33 @@ func (p *preflight) checkAddresses(context.Context) {
 	}
 	p.reachable = map[netip.Addr]bool{}
 	for _, a := range p.cfg.Gm.Addresses {
-		if l := p.checkAddress("gm", a); l != "" && !slices.Contains(p.gm, l) {
-			p.gm = append(p.gm, l)
+		for _, l := range p.entries(p.checkAddress("gm", a)) {
+			if !slices.Contains(p.gm, l) {
+				p.gm = append(p.gm, l)
+			}
 		}
 	}
 	for _, a := range p.cfg.Mw.Addresses {
 		p.checkAddress("mw", a)
 	}
+}
+
+// entries returns the interfaces that packets for an address of this one come in by, as the guard sees it: for the loopback
+// interface every Ethernet interface that is up.
+func (p *preflight) entries(link string) (names []string) {
+	i := slices.IndexFunc(p.links, func(l probe.Link) bool { return l.Name == link })
+	switch {
+	case i < 0:
+		return nil
+	case !p.links[i].Loopback:
+		return []string{link}
+	}
+	for _, l := range p.links {
+		if l.Ethernet && l.Up {
+			names = append(names, l.Name)
+		}
+	}
+	return names
 }
 
 // checkAddress looks for an address, and returns the interface that has it.
@@ -82,7 +102,17 @@ func (p *preflight) checkGuard(context.Context) {
 		p.say(finding{Name: "mode", State: verdictNote, Value: "off", Detail: "ESP and policies do without it"})
 		return
 	}
+	required := verdictWarn
+	if p.cfg.Guard.Mode != config.GuardAuto {
+		required = verdictFail
+	}
 	if len(p.gm) == 0 && len(p.cfg.Guard.Interfaces) == 0 {
+		if slices.ContainsFunc(p.cfg.Gm.Addresses, func(a netip.Addr) bool { return p.reachable[a] }) {
+			p.say(finding{
+				Name: "interfaces", State: required, Value: "none", Detail: "no interface has the Gm addresses, so the guard is on none",
+				Hint: "name those that phones come in by in guard.interfaces",
+			})
+		}
 		return
 	}
 	for _, h := range p.hooks(p.cfg, p.backend == config.BackendXFRM, p.gm) {
@@ -93,12 +123,11 @@ func (p *preflight) checkGuard(context.Context) {
 		switch h.Hook {
 		case "xdp":
 		case "none":
-			f.State = verdictWarn
-			if p.cfg.Guard.Mode != config.GuardAuto {
-				f.State = verdictFail
-			}
+			f.State = required
 			f.Hint = "Linux 5.18 or later has what the guard needs; with guard.mode: auto gmgate does without it"
 			switch {
+			case p.links != nil && !slices.ContainsFunc(p.links, func(l probe.Link) bool { return l.Name == h.Interface }):
+				f.Hint = "make the interface, or correct guard.interfaces"
 			case denied(h.Err) && p.plain:
 				f.State, f.Value, f.Detail, f.Hint = verdictNote, "unknown", "needs root", ""
 			case denied(h.Err):

@@ -94,9 +94,9 @@ func goodHost(file string, tree hostTree) *preflight {
 			Links: func() ([]probe.Link, error) {
 				a := netip.MustParseAddr
 				return []probe.Link{
-					{Name: "lo", Up: true, Carrier: true, Addrs: []netip.Addr{a("127.0.0.1"), a("::1")}},
-					{Name: "eth0", Up: true, Carrier: true, Addrs: []netip.Addr{a("10.0.0.5"), a("2001:db8::5"), a("fe80::1%eth0")}},
-					{Name: "eth1.100", Up: true, Carrier: true, Addrs: []netip.Addr{a("10.0.1.5")}},
+					{Name: "lo", Up: true, Carrier: true, Loopback: true, Addrs: []netip.Addr{a("127.0.0.1"), a("::1")}},
+					{Name: "eth0", Up: true, Carrier: true, Ethernet: true, Addrs: []netip.Addr{a("10.0.0.5"), a("2001:db8::5"), a("fe80::1%eth0")}},
+					{Name: "eth1.100", Up: true, Carrier: true, Ethernet: true, Addrs: []netip.Addr{a("10.0.1.5")}},
 				}, nil
 			},
 			Bind: func(at netip.AddrPort, _ ims.Transport) error {
@@ -500,6 +500,56 @@ func TestPreflightFindings(t *testing.T) {
 				}
 			},
 			want: "guard/eth0", state: verdictWarn, text: "CAP_BPF",
+		},
+		{
+			name: "guard for an address of the loopback interface",
+			change: func(p *preflight, _ fstest.MapFS) {
+				links := p.host.Links
+				p.host.Links = func() ([]probe.Link, error) {
+					list, err := links()
+					list[0].Addrs, list[1].Addrs = append(list[0].Addrs, list[1].Addrs...), nil
+					return list, err
+				}
+			},
+			want: "guard/eth1.100", state: verdictOK, text: "xdp",
+		},
+		{
+			name: "policies off where phones come in for an address of the loopback interface",
+			change: func(p *preflight, files fstest.MapFS) {
+				files["proc/sys/net/ipv4/conf/eth0/disable_policy"] = &fstest.MapFile{Data: []byte("1")}
+				links := p.host.Links
+				p.host.Links = func() ([]probe.Link, error) {
+					list, err := links()
+					list[0].Addrs, list[1].Addrs = append(list[0].Addrs, list[1].Addrs...), nil
+					return list, err
+				}
+			},
+			want: "sysctl/net.ipv4.conf.eth0.disable_policy", state: verdictFail, text: "disable_policy=0",
+		},
+		{
+			name: "guard without an interface",
+			change: func(p *preflight, _ fstest.MapFS) {
+				p.host.Links = func() ([]probe.Link, error) { return []probe.Link{}, nil }
+			},
+			want: "guard/interfaces", state: verdictWarn, text: "guard.interfaces",
+		},
+		{
+			name: "guard that has to be, without an interface",
+			change: func(p *preflight, files fstest.MapFS) {
+				configure(func(c *config.Config) { c.Guard.Mode = config.GuardXDP })(p, files)
+				p.host.Links = func() ([]probe.Link, error) { return []probe.Link{}, nil }
+			},
+			want: "guard/interfaces", state: verdictFail, text: "guard.interfaces",
+		},
+		{
+			name: "guard on an interface that there is not",
+			change: func(p *preflight, files fstest.MapFS) {
+				configure(func(c *config.Config) { c.Guard.Interfaces = []string{"eth9"} })(p, files)
+				p.hooks = func(*config.Config, bool, []string) []probe.Hook {
+					return []probe.Hook{{Interface: "eth9", Hook: "none", Reason: "there is no such interface"}}
+				}
+			},
+			want: "guard/eth9", state: verdictWarn, text: "correct guard.interfaces",
 		},
 		{
 			name: "guard at a later hook",

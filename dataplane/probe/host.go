@@ -86,10 +86,12 @@ func (h *Host) Sub(path string) (fs.FS, error) {
 
 // Link is a network interface.
 type Link struct {
-	Name    string
-	Up      bool // by the operator's will
-	Carrier bool
-	Addrs   []netip.Addr
+	Name     string
+	Up       bool // by the operator's will
+	Carrier  bool
+	Loopback bool
+	Ethernet bool // or what looks like it
+	Addrs    []netip.Addr
 }
 
 func links() ([]Link, error) {
@@ -99,7 +101,10 @@ func links() ([]Link, error) {
 	}
 	list := make([]Link, 0, len(found))
 	for i := range found {
-		l := Link{Name: found[i].Name, Up: found[i].Flags&net.FlagUp != 0, Carrier: found[i].Flags&net.FlagRunning != 0}
+		l := Link{
+			Name: found[i].Name, Up: found[i].Flags&net.FlagUp != 0, Carrier: found[i].Flags&net.FlagRunning != 0,
+			Loopback: found[i].Flags&net.FlagLoopback != 0, Ethernet: len(found[i].HardwareAddr) == 6 && found[i].Flags&net.FlagLoopback == 0,
+		}
 		addrs, err := found[i].Addrs()
 		if err != nil {
 			return nil, fmt.Errorf("list addresses of %s: %w", l.Name, err)
