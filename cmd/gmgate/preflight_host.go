@@ -141,6 +141,12 @@ func (p *preflight) checkESP(context.Context) {
 		kernel.State, kernel.Value = verdictNote, "absent"
 	}
 	p.say(kernel)
+	if p.backend == config.BackendXFRM && !p.running && xfrm.Locked(p.host.Read("/proc/thread-self/net/unix").Value) {
+		p.say(finding{
+			Name: "owner", State: verdictFail, Value: "another gmgate", Detail: "it has the SAs and policies of this network namespace, of which there is one set",
+			Hint: "stop it, run this one in a namespace of its own, or set esp.backend: userspace",
+		})
+	}
 	if p.support.Err() == nil && p.backend == config.BackendXFRM {
 		p.checkPairs()
 		f := finding{Name: "replay window", State: verdictOK, Value: fmt.Sprint(p.cfg.ESP.ReplayWindow)}
@@ -340,11 +346,12 @@ func limitText(n uint64) string {
 	return fmt.Sprint(n)
 }
 
-// checkFiles looks at the store, its key and the folder of the admin socket.
+// checkFiles looks at what the guard leaves, the store, its key and the folder of the admin socket.
 func (p *preflight) checkFiles(context.Context) {
 	if !p.loaded {
 		return
 	}
+	p.checkPin()
 	if path := p.cfg.Store.Path; path == "" {
 		p.say(finding{Name: "store", State: verdictNote, Value: "none", Detail: "registrations and SAs do not outlive a restart", Hint: "set store.path"})
 	} else {
@@ -367,6 +374,33 @@ func (p *preflight) checkFiles(context.Context) {
 		f.State, f.Detail, f.Hint = verdictFail, filepath.Dir(folder)+" does not exist", "mkdir -p "+folder
 	case at.Folder != folder:
 		f.Detail = folder + " will be made"
+	}
+	p.say(f)
+}
+
+// checkPin looks at the directory of what the guard leaves over a restart. One that is there has to be usable, or the daemon does
+// not start: it may be in use by another process.
+func (p *preflight) checkPin() {
+	path := p.cfg.PinPath()
+	if path == "" || p.cfg.Guard.Mode == config.GuardOff {
+		return
+	}
+	at := p.host.Place(path)
+	f := finding{Name: "pin", State: verdictOK, Value: path}
+	switch {
+	case at.Info != nil:
+		if err := p.host.Access(path, unix.R_OK|unix.W_OK|unix.X_OK); err != nil {
+			f.State, f.Detail = p.grave(), "another user has made it, and this one may not use it"
+			f.Hint = "as root: gmgate bpf unload -pin " + path
+		}
+	case at.Writable != nil:
+		f.Detail = "this user may not write to " + at.Folder + ": the guard goes with gmgate"
+		if f.State = verdictWarn; p.plain {
+			f.State = verdictNote
+		}
+		f.Hint = "install -d -m 0700 -o gmgate " + filepath.Dir(path)
+	default:
+		f.Detail = "will be made"
 	}
 	p.say(f)
 }

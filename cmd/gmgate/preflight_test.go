@@ -672,6 +672,41 @@ func TestPreflightFindings(t *testing.T) {
 			want: "files/store", state: verdictNote, text: "this user may not write to /var/lib/gmgate",
 		},
 		{
+			name: "pins of another user",
+			change: func(p *preflight, files fstest.MapFS) {
+				files["sys/fs/bpf/gmgate/edge1"] = &fstest.MapFile{Mode: fs.ModeDir | 0o700}
+				p.host.Access = func(path string, _ uint32) error {
+					if path == "/sys/fs/bpf/gmgate/edge1" {
+						return errAccess
+					}
+					return nil
+				}
+			},
+			want: "files/pin", state: verdictFail, text: "gmgate bpf unload -pin /sys/fs/bpf/gmgate/edge1",
+		},
+		{
+			name: "no pins for this user",
+			change: func(p *preflight, files fstest.MapFS) {
+				files["sys/fs/bpf"] = &fstest.MapFile{Mode: fs.ModeDir | 0o700}
+				p.host.Access = func(path string, _ uint32) error {
+					if path == "/sys/fs/bpf" {
+						return errAccess
+					}
+					return nil
+				}
+			},
+			want: "files/pin", state: verdictWarn, text: "install -d -m 0700 -o gmgate /sys/fs/bpf/gmgate",
+		},
+		{
+			name: "another gmgate in the namespace",
+			change: func(_ *preflight, files fstest.MapFS) {
+				files["proc/thread-self/net/unix"] = &fstest.MapFile{Data: []byte(
+					"Num       RefCount Protocol Flags    Type St Inode Path\n" +
+						"ffff8880: 00000002 00000000 00010000 0001 01 21873 @gmgate-xfrm-26477\n")}
+			},
+			want: "esp/owner", state: verdictFail, text: "esp.backend: userspace",
+		},
+		{
 			name: "no store but a folder",
 			change: func(_ *preflight, files fstest.MapFS) {
 				files["var/lib/gmgate/gmgate.db"] = &fstest.MapFile{Mode: fs.ModeDir | 0o755}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -83,10 +84,23 @@ func openSocket(ns *hostnet.NS) (socket, error) {
 // lockSocket holds a lock on a namespace until it is closed, at the latest by the end of the process.
 type lockSocket int
 
+func lockName(reqid int) string { return fmt.Sprintf("@gmgate-xfrm-%d", reqid) }
+
+// Locked reports whether a Backend with DefaultReqID has the namespace that a list of Unix sockets is of
+// (/proc/thread-self/net/unix).
+func Locked(sockets string) bool {
+	for line := range strings.Lines(sockets) {
+		if f := strings.Fields(line); len(f) > 0 && f[len(f)-1] == lockName(DefaultReqID) {
+			return true
+		}
+	}
+	return false
+}
+
 // openLock takes the lock of a namespace and reqid. It is an abstract Unix socket name, because these belong to the
 // network namespace, and are free again the moment their owner dies.
 func openLock(ns *hostnet.NS, reqid int) (io.Closer, error) {
-	name := fmt.Sprintf("@gmgate-xfrm-%d", reqid)
+	name := lockName(reqid)
 	var fd int
 	err := inside(ns, func() (err error) {
 		if fd, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {

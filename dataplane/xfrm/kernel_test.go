@@ -173,6 +173,20 @@ func TestLock(t *testing.T) {
 	if _, err := openLock(ns, DefaultReqID); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "another gmgate uses this namespace") {
 		t.Errorf("second lock: %v, want ErrInUse", err)
 	}
+	locked := func(ns *hostnet.NS) (yes bool) {
+		err := ns.Do(func() error {
+			sockets, err := os.ReadFile("/proc/thread-self/net/unix")
+			yes = Locked(string(sockets))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return yes
+	}
+	if !locked(ns) || locked(other) {
+		t.Errorf("to be seen from outside: %t and %t, want it in the first namespace alone", locked(ns), locked(other))
+	}
 	for _, free := range []struct {
 		ns    *hostnet.NS
 		reqid int
