@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/gmgate/gmgate/control/admin"
+	"github.com/gmgate/gmgate/dataplane/guard"
 )
 
 const dropsUsage = `usage: gmgate drops [--follow] [FLAGS]
@@ -65,6 +66,9 @@ func dropsParse(args []string, stderr io.Writer) (o dropsFlags, code int) {
 			if r = strings.TrimSpace(r); r == "" {
 				return errors.New("a reason is empty")
 			}
+			if !slices.Contains(dropReasons(), r) { // or one would wait for ever for what is spelt wrong
+				return fmt.Errorf("there is no reason %q; they are %s", r, strings.Join(dropReasons(), ", "))
+			}
 			o.reasons = append(o.reasons, r)
 		}
 		return nil
@@ -89,6 +93,16 @@ func dropsParse(args []string, stderr io.Writer) (o dropsFlags, code int) {
 		return o, 2
 	}
 	return o, -1
+}
+
+// dropReasons are the names of all reasons.
+func dropReasons() []string {
+	all := guard.Reasons()
+	names := make([]string, len(all))
+	for i, r := range all {
+		names[i] = r.String()
+	}
+	return names
 }
 
 func dropsRun(ctx context.Context, o *dropsFlags, stdout io.Writer) error {

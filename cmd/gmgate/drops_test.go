@@ -135,9 +135,9 @@ func TestDropsCommand(t *testing.T) {
 		text string // on stdout for 0, else on stderr
 	}{
 		{"--socket " + at, 0, "drop     unknown_spi  12       1.8 kB"},
-		{"--socket " + at + " --reason cleartext,none", 0, "OCTETS\ndrop     cleartext  1        900 B\n\n"},
+		{"--socket " + at + " --reason cleartext,port_zero", 0, "OCTETS\ndrop     cleartext  1        900 B\n\n"},
 		{"--socket " + at + " --json", 0, `"reason": "unknown_spi"`},
-		{"--socket " + at + " --json --reason none", 0, `"verdicts": []`},
+		{"--socket " + at + " --json --reason port_zero", 0, `"verdicts": []`},
 		{"--follow --count 1 --socket " + at, 0, "2026-01-01 12:00:00.123  unknown_spi  "},
 		{"--follow --count 2 --reason register_rate --socket " + at, 0, "register_rate           [2001:db8::1]:5060 -> [2001:db8::5]:5060  udp"},
 		{"--follow --count 3 --json --socket " + at, 0, `"spi":4294967295,"length":152}` + "\n"},
@@ -151,7 +151,8 @@ func TestDropsCommand(t *testing.T) {
 		{"everything", 2, `unexpected argument "everything"`},
 		{"--count 3", 2, "-count is for --follow"},
 		{"--follow --count -1", 2, "-count -1"},
-		{"--reason a,,b", 2, "a reason is empty"},
+		{"--reason cleartext,,malformed", 2, "a reason is empty"},
+		{"--follow --reason unkown_spi", 2, `there is no reason "unkown_spi"; they are `},
 		{"-x", 2, "-x"},
 	} {
 		var stdout, stderr bytes.Buffer
