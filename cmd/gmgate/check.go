@@ -35,7 +35,18 @@ func report(w io.Writer, err error) {
 }
 
 // exampleMain prints a commented configuration file.
-func exampleMain(stdout, stderr io.Writer) int {
+func exampleMain(args []string, stdout, stderr io.Writer) int {
+	fs := flag.NewFlagSet("gmgate example", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	switch err := fs.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil:
+		return 2
+	case fs.NArg() > 0:
+		_, _ = fmt.Fprintf(stderr, "gmgate example: unexpected argument %q: it prints to standard output\n", fs.Arg(0))
+		return 2
+	}
 	if err := config.WriteExample(stdout); err != nil {
 		_, _ = fmt.Fprintln(stderr, err)
 		return 1

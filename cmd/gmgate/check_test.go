@@ -48,6 +48,20 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// A file that is named is not silently left alone.
+func TestExampleCommand(t *testing.T) {
+	for _, tt := range []struct {
+		args []string
+		code int
+	}{{nil, 0}, {[]string{"-h"}, 0}, {[]string{"gmgate.yaml"}, 2}, {[]string{"-o", "gmgate.yaml"}, 2}} {
+		var out, errs bytes.Buffer
+		code := command(t.Context(), append([]string{"example"}, tt.args...), &out, &errs)
+		if code != tt.code || (out.Len() > 0) != (tt.args == nil) || (errs.Len() > 0) == (tt.args == nil) {
+			t.Errorf("example %q: exit status %d, %d octets and %q", tt.args, code, out.Len(), errs.String())
+		}
+	}
+}
+
 // What a rule leaves out holds as it does without the rule.
 func TestCompileRules(t *testing.T) {
 	cfg := config.Example()

@@ -58,7 +58,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case "preflight":
 		return preflightMain(ctx, rest, stdout, stderr)
 	case "example":
-		return exampleMain(stdout, stderr)
+		return exampleMain(rest, stdout, stderr)
 	case "ue":
 		return ueMain(ctx, rest, stdout, stderr)
 	case "bpf":
