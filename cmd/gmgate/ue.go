@@ -62,7 +62,7 @@ func ueMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if code >= 0 {
 		return code
 	}
-	if err := ueRun(ctx, &o, stdout); err != nil {
+	if err := ueRun(ctx, &o, stdout, stderr); err != nil {
 		_, _ = fmt.Fprintf(stderr, "gmgate ue %s: %v\n", o.command, err)
 		if e, ok := errors.AsType[*admin.Error](err); ok && e.Hint != "" {
 			_, _ = fmt.Fprintf(stderr, "hint: %s\n", e.Hint)
@@ -155,7 +155,7 @@ func (o *ueFlags) check(names []string) string {
 	return ""
 }
 
-func ueRun(ctx context.Context, o *ueFlags, stdout io.Writer) error {
+func ueRun(ctx context.Context, o *ueFlags, stdout, stderr io.Writer) error {
 	path, err := socketPath(o.file, o.socket)
 	if err != nil {
 		return err
@@ -186,6 +186,9 @@ func ueRun(ctx context.Context, o *ueFlags, stdout io.Writer) error {
 		return err
 	}
 	if o.json {
+		if more { // what is printed is a list and has no room for it
+			_, _ = fmt.Fprintf(stderr, "gmgate ue list: there are more than these %d, see -limit\n", len(list))
+		}
 		return writeJSON(stdout, list)
 	}
 	var out string

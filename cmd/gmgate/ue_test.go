@@ -180,6 +180,33 @@ func (g gate) Move(ctx context.Context, id proxy.UEID, worker int) ([]proxy.UEIn
 
 func (g gate) Loads(context.Context) ([]proxy.Load, error) { return nil, nil }
 
+// endless is a gate with more phones than anybody asks for.
+type endless struct{ gate }
+
+func (c endless) UEs(context.Context, proxy.UEQuery, proxy.UEID, int) ([]proxy.UEInfo, bool, error) {
+	return []proxy.UEInfo{c.u}, true, nil
+}
+
+// Whoever reads JSON is told that there is more, and the JSON stays what it is.
+func TestUEListMore(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "edge1.sock")
+	l, err := admin.Listen(t.Context(), socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	source := endless{gate{proxy.UEInfo{ID: proxy.UEID{Index: 1}, Addr: netip.MustParseAddr("10.45.0.1"), State: registrar.Registered}}}
+	defer admin.NewServer(admin.Config{Source: source, Logger: slog.New(slog.DiscardHandler)}).Serve(l)()
+	var stdout, stderr bytes.Buffer
+	code := command(t.Context(), []string{"ue", "list", "--json", "-limit", "2", "--socket", socket}, &stdout, &stderr)
+	var list []admin.UE
+	if err := json.Unmarshal(stdout.Bytes(), &list); err != nil || code != 0 || len(list) != 2 {
+		t.Errorf("exit status %d, %v: %s", code, err, stdout.String())
+	}
+	if !strings.Contains(stderr.String(), "more than these 2, see -limit") {
+		t.Errorf("nobody is told that there are more: %q", stderr.String())
+	}
+}
+
 func TestUECommand(t *testing.T) {
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "edge1.sock")
