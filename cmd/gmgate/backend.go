@@ -154,18 +154,15 @@ func observeKernel(m *observe.Metrics, b *xfrm.Backend) {
 		observe.Counter, nil, func() float64 { return float64(b.PoliciesRestored()) })
 	m.AddFunc("xfrm_monitor_overruns_total", "Times that the kernel had more XFRM notifications than its buffer takes.",
 		observe.Counter, nil, func() float64 { return float64(b.Overruns()) })
-	names, err := b.Statistics()
-	if err != nil {
-		return
-	}
-	for name := range names {
+	observeXFRM(m, b.Statistics)
+}
+
+// observeXFRM exports the counters of XFRM. What cannot be read for once, without descriptors say, stays as it was: a counter
+// that falls to zero and comes back looks like as many new drops.
+func observeXFRM(m *observe.Metrics, get func() (map[string]uint64, error)) {
+	stats := &cached[map[string]uint64]{age: statsAge, get: get}
+	for name := range stats.now() {
 		m.AddFunc("xfrm_errors_total", "Packets that the kernel's XFRM dropped.", observe.Counter,
-			map[string]string{"counter": name}, func() float64 {
-				now, err := b.Statistics()
-				if err != nil {
-					return 0
-				}
-				return float64(now[name])
-			})
+			map[string]string{"counter": name}, func() float64 { return float64(stats.now()[name]) })
 	}
 }

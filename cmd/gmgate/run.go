@@ -28,6 +28,13 @@ import (
 // stopTimeout bounds a clean stop.
 const stopTimeout = 5 * time.Second
 
+// Limits of the metrics endpoint: a client that hangs must not keep its connection and its goroutine for ever.
+const (
+	metricsRead  = 5 * time.Second  // for a request
+	metricsWrite = 30 * time.Second // net/http/pprof adds what a profile is asked to take
+	metricsIdle  = 5 * time.Minute  // longer than any scrape interval
+)
+
 // runMain runs the daemon until ctx ends.
 func runMain(ctx context.Context, args []string, stderr io.Writer) int {
 	file, code := fileFlag("run", args, stderr)
@@ -250,6 +257,11 @@ func frontConfig(cfg *config.Config, back *backend, log *slog.Logger) front.Conf
 	return f
 }
 
+// metricsServer makes a server that lets go of whoever does not read an answer in time.
+func metricsServer(h http.Handler, write time.Duration) *http.Server {
+	return &http.Server{Handler: h, ReadTimeout: metricsRead, WriteTimeout: write, IdleTimeout: metricsIdle}
+}
+
 // serveMetrics serves /metrics, and the profiles of net/http/pprof where they are enabled.
 func serveMetrics(ctx context.Context, cfg *config.Config, m *observe.Metrics, log *slog.Logger) (stop func(), err error) {
 	reg := prometheus.NewRegistry()
@@ -273,7 +285,7 @@ func serveMetrics(ctx context.Context, cfg *config.Config, m *observe.Metrics, l
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: stopTimeout}
+	srv := metricsServer(mux, metricsWrite)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
