@@ -115,6 +115,11 @@ func (p *preflight) checkGuard(context.Context) {
 		}
 		return
 	}
+	// There can be no second guard beside that of a gmgate which has nothing pinned, so that it would be told as in somebody's way.
+	if pin := p.cfg.PinPath(); p.running && (pin == "" || p.host.Place(pin).Info == nil) {
+		p.say(finding{Name: "running", State: verdictNote, Value: "not looked at", Detail: "the running gmgate has nothing pinned", Hint: "see gmgate drops"})
+		return
+	}
 	for _, h := range p.hooks(p.cfg, p.backend == config.BackendXFRM, p.gm) {
 		f := finding{Name: h.Interface, State: verdictOK, Value: h.Hook, Detail: h.Reason}
 		if h.Err != nil && f.Detail == "" {

@@ -330,6 +330,22 @@ func TestPreflightFindings(t *testing.T) {
 			want: "ports/10.0.0.5 udp", state: verdictNote, text: "by the running gmgate",
 		},
 		{
+			name: "guard of the running one",
+			change: func(p *preflight, _ fstest.MapFS) {
+				p.status = func(context.Context, string) (admin.Status, error) { return admin.Status{}, nil }
+				p.hooks = func(*config.Config, bool, []string) []probe.Hook { panic("a second guard beside it") }
+			},
+			want: "guard/running", state: verdictNote, text: "gmgate drops",
+		},
+		{
+			name: "pinned guard of the running one",
+			change: func(p *preflight, files fstest.MapFS) {
+				p.status = func(context.Context, string) (admin.Status, error) { return admin.Status{}, nil }
+				files["sys/fs/bpf/gmgate/edge1"] = &fstest.MapFile{Mode: fs.ModeDir | 0o700}
+			},
+			want: "guard/eth0", state: verdictOK, text: "xdp",
+		},
+		{
 			name: "foreign socket",
 			change: func(p *preflight, _ fstest.MapFS) {
 				p.status = func(context.Context, string) (admin.Status, error) { return admin.Status{}, errAccess }
