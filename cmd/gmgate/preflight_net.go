@@ -420,6 +420,8 @@ func (p *preflight) checkIPv6() {
 		case r.Err != nil:
 			p.unknown(f.Name, r.Err)
 			continue
+		case r.Value != "0" && link == "all" && len(p.gm) > 0:
+			f.State, f.Value, f.Detail = verdictNote, r.Value, "what was set last for an interface holds for it"
 		case r.Value != "0":
 			f.State, f.Value, f.Detail = verdictFail, r.Value, "IPv6 is off, and gm.addresses has such addresses"
 			f.Hint = "sysctl -w " + f.Name + "=0"

@@ -621,6 +621,13 @@ func TestPreflightFindings(t *testing.T) {
 			want:   "sysctl/net.ipv6.conf.all.disable_ipv6", state: verdictOK, text: "0",
 		},
 		{
+			name: "IPv6 switched off and on again where it is needed",
+			change: func(_ *preflight, files fstest.MapFS) {
+				files["proc/sys/net/ipv6/conf/all/disable_ipv6"] = &fstest.MapFile{Data: []byte("1")}
+			},
+			want: "sysctl/net.ipv6.conf.all.disable_ipv6", state: verdictNote, text: "holds for it",
+		},
+		{
 			name: "secret IPv6", change: refuse("proc/sys/net/ipv6/conf/eth0/disable_ipv6"),
 			want: "sysctl/net.ipv6.conf.eth0.disable_ipv6", state: verdictNote, text: "needs root",
 		},
