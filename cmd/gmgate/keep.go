@@ -135,6 +135,7 @@ func (k *keeper) load(ctx context.Context, cfg *config.Config, shared *proxy.Con
 	shared.Moved = make(map[proxy.Name]proxy.Name, len(k.outcome.Moved))
 	for from, to := range k.outcome.Moved {
 		shared.Moved[tokenName(from)] = tokenName(to)
+		shared.MwPorts = max(shared.MwPorts, int(from.Worker)+1)
 	}
 	o := k.outcome
 	ues := 0

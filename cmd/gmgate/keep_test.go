@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -223,6 +224,47 @@ func TestKeeperHands(t *testing.T) {
 	}
 	if err := k.release(back); err != nil || back.Count() != 4 {
 		t.Errorf("release: %v, %d SAs", err, back.Count())
+	}
+}
+
+// A phone that was with a worker that there is no more is still reached by the Mw port of that one. What is configured goes first.
+func TestKeepPorts(t *testing.T) {
+	cfg := storeConfig(t)
+	k, _, err := keep(t, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closed(t, k)
+	s, r := storetest.Set(3), storetest.Registration(3)
+	s.Deadline = s.Deadline.AddDate(100, 0, 0)
+	r.Worker, s.Worker = 3, 3
+	if err := k.db.Apply(t.Context(), store.Batch{Sets: []store.Set{s}, Registrations: []store.Registration{r}}); err != nil {
+		t.Fatal(err)
+	}
+	shared := &proxy.Config{Workers: 1, Gm: []netip.Addr{s.Local}, Suites: ims.Suites()}
+	shared.Registrar.ServerPorts, shared.Registrar.ClientPorts = []uint16{s.Ports.PS}, []uint16{s.Ports.PC}
+	if err := k.load(t.Context(), cfg, shared, installing{new(satest.Backend)}); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Workers = 1
+	cfg.Metrics.Listen = netip.AddrPortFrom(netip.IPv6Unspecified(), cfg.Mw.Port+2)
+	fc := frontConfig(cfg, &backend{}, nil)
+	configured := len(fc.Listeners)
+	keepPorts(&fc, cfg, shared.MwPorts)
+	var ports []uint16
+	for _, l := range fc.Listeners[configured:] {
+		ports = append(ports, l.Addr.Port()-cfg.Mw.Port)
+		if l.Side != ims.Mw || !l.Optional || !l.UDP || !l.TCP || l.Worker != 0 || !slices.Contains(cfg.Mw.Addresses, l.Addr.Addr()) {
+			t.Errorf("%+v", l)
+		}
+	}
+	if want := slices.Repeat([]uint16{1, 3}, len(cfg.Mw.Addresses)); !slices.Equal(ports, want) {
+		t.Errorf("ports beyond the configured one: %v, want %v", ports, want)
+	}
+	cfg.Mw.Port = 65535
+	fc = frontConfig(cfg, &backend{}, nil)
+	if keepPorts(&fc, cfg, shared.MwPorts); len(fc.Listeners) != configured {
+		t.Error("ports beyond the last one there is")
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -114,6 +115,7 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		handlers[i] = handler{w}
 	}
 	fc := frontConfig(cfg, back, log)
+	keepPorts(&fc, cfg, shared.MwPorts)
 	steering, err := openSteering(cfg, len(fc.Listeners), log)
 	if err != nil {
 		return err
@@ -260,6 +262,26 @@ func frontConfig(cfg *config.Config, back *backend, log *slog.Logger) front.Conf
 // metricsServer makes a server that lets go of whoever does not read an answer in time.
 func metricsServer(h http.Handler, write time.Duration) *http.Server {
 	return &http.Server{Handler: h, ReadTimeout: metricsRead, WriteTimeout: write, IdleTimeout: metricsIdle}
+}
+
+// keepPorts adds the Mw ports of workers that there are no more: phones which have outlived a change of their number are reached
+// by the Path, and within dialogs by the Record-Route, that the core has of before.
+func keepPorts(f *front.Config, cfg *config.Config, ports int) {
+	taken := make(map[netip.AddrPort]bool, len(f.Listeners))
+	for _, l := range f.Listeners {
+		taken[l.Addr] = true
+	}
+	for _, a := range cfg.Mw.Addresses {
+		for k := f.Workers; k < ports && int(cfg.Mw.Port)+k <= math.MaxUint16; k++ {
+			at := netip.AddrPortFrom(a, cfg.Mw.Port+uint16(k))
+			if taken[at] || at.Port() == cfg.Metrics.Listen.Port() {
+				continue // what is configured goes first
+			}
+			f.Listeners = append(f.Listeners, front.Listener{
+				Addr: at, Side: ims.Mw, UDP: true, TCP: true, Worker: k % f.Workers, Optional: true,
+			})
+		}
+	}
 }
 
 // serveMetrics serves /metrics, and the profiles of net/http/pprof where they are enabled.

@@ -119,13 +119,13 @@ func (w *Worker) ownGm(u *sipmsg.URI) bool {
 	return false
 }
 
-// ownMw reports whether a URI names the Mw address and port of one of our workers.
+// ownMw reports whether a URI names the Mw address and port of one of our workers, or of one that there was.
 func (w *Worker) ownMw(u *sipmsg.URI) bool {
 	port := u.Port
 	if port == 0 {
 		port = defaultPort
 	}
-	if port < w.cfg.MwPort || int(port) >= int(w.cfg.MwPort)+w.cfg.Workers {
+	if port < w.cfg.MwPort || int(port) >= int(w.cfg.MwPort)+max(w.cfg.Workers, w.cfg.MwPorts) {
 		return false
 	}
 	if w.cfg.PathHost != "" && sipmsg.EqualFold(u.Host, w.cfg.PathHost) {

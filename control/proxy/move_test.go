@@ -244,6 +244,7 @@ func (c *crew) crash() *survive.Outcome {
 	}
 	c.cfg.Moved = make(map[Name]Name)
 	for from, to := range o.Moved {
+		c.cfg.MwPorts = max(c.cfg.MwPorts, int(from.Worker)+1)
 		c.cfg.Moved[Name{uint8(from.Worker), from.Index, from.Gen}] = Name{uint8(to.Worker), to.Index, to.Gen}
 	}
 	c.boot(now, backend, o)
@@ -1037,4 +1038,31 @@ func TestMoveRequestOverTCP(t *testing.T) {
 	b.l.dials = nil
 	clear(b.w.mwDial)
 	wantDial("our own", c.deliver(0, f, strings.Replace(invite, "Max-Forwards: 67", "Max-Forwards: 0", 1)))
+}
+
+// A restart leaves fewer workers than the core knows Mw ports of: a phone is called, answers and goes on with its dialogs by the port
+// of a worker that there is no more, which another one has now.
+func TestFewerWorkers(t *testing.T) {
+	c := newCrew(t, 2)
+	p := c.rigs[1].registered()
+	c.settle()
+	u := c.rigs[1].context(p)
+	path := "<sip:" + string(c.rigs[1].w.seal.seal(&c.rigs[1].w.sc, c.rigs[1].w.pathToken(u))) + "@10.0.1.5:5061;lr>"
+	asked := c.one(1, p.protectedFlow, p.message())
+	called := c.one(1, scscf(), mtInvite(path, ""))
+	c.snapshot()
+	c.cfg.Workers = 1
+	if o := c.crash(); o.Relocated != 1 || c.cfg.MwPorts != 2 {
+		t.Fatalf("%d relocated, %d ports", o.Relocated, c.cfg.MwPorts)
+	}
+	former := scscf()
+	former.Local = netip.AddrPortFrom(mwAddr.Addr(), mwAddr.Port()+1)
+	p.downlink(t, c.one(0, former, strings.Replace(mtInvite(path, ""), "z9hG4bKs9", "z9hG4bKs10", 1)))
+	p.downlink(t, c.one(0, former, answerTo(t, asked.msg, "200 OK")))
+	if out := c.one(0, p.protectedFlow, answerTo(t, called.msg, "200 OK", "Contact: <sip:10.45.0.7:6300>")); out.remote != scscf().Remote {
+		t.Errorf("answer of the phone to %v", out.remote)
+	}
+	c.rigs[0].leave(p)
+	c.settle()
+	c.empty()
 }

@@ -320,7 +320,7 @@ func status(t testing.TB, msg string) int { return scan(t, msg).Status() }
 func (r *rig) challenge(p *phone, over ims.Flow, viaPort int) {
 	r.t.Helper()
 	req := r.one(over, p.register(fmt.Sprintf("sm1-%d", p.n), viaPort))
-	if req.remote != coreAddr || req.local != mwAddr {
+	if req.remote != coreAddr || req.local != netip.AddrPortFrom(mwAddr.Addr(), r.w.mwPort) {
 		r.t.Fatalf("REGISTER went from %v to %v", req.local, req.remote)
 	}
 	ans := r.one(coreFlow(), answerTo(r.t, req.msg, "401 Unauthorized", challenge))

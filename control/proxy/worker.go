@@ -41,9 +41,11 @@ type Config struct {
 	PendingSource int           // of one source: an IPv4 address or an IPv6 /64
 	LifetimeExtra time.Duration // SA lifetime beyond the registration's expiry, TS 24.229 §5.2.2.2
 
-	// Mw side. Worker k listens on MwPort+k.
+	// Mw side. Worker k listens on MwPort+k. MwPorts of these ports are ours: more than Workers where workers of earlier runs had
+	// some that phones are still reached by; zero stands for Workers.
 	Mw              []netip.Addr
 	MwPort          uint16
+	MwPorts         int
 	MwTransport     ims.Transport
 	NextHops        []ims.Hop
 	Hosts           map[string]netip.Addr // static names, lower case

@@ -23,6 +23,8 @@ type Listener struct {
 	Hidden bool // the sockets live in Config.Hidden
 	// Worker is the only worker that receives here, or -1 for all of them. Every worker may send UDP from every listener.
 	Worker int
+	// Optional lets the front start without the listener where somebody else has its address.
+	Optional bool
 }
 
 // labelled tells whether packets come here with labels of the ESP backend: the kernel's sets them, in the namespace in

@@ -94,7 +94,13 @@ func (f *Front) start(handlers []Handler) error {
 		}
 	}
 	for i := range f.cfg.Listeners {
-		if err := f.listen(&f.cfg.Listeners[i]); err != nil {
+		l := &f.cfg.Listeners[i]
+		err := f.listen(l)
+		if l.Optional && errors.Is(err, unix.EADDRINUSE) {
+			f.log.Warn("somebody else has the address of a listener, going on without it", errAttr(err))
+			continue
+		}
+		if err != nil {
 			return err
 		}
 	}

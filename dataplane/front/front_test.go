@@ -87,6 +87,33 @@ func TestAddressInUse(t *testing.T) {
 	mustEqual(t, "listeners", len(f.Listeners()), 2)
 }
 
+// A listener that may be missing does not keep the front from starting where its UDP or TCP port is somebody else's, and leaves
+// nothing behind; the others work.
+func TestOptionalListener(t *testing.T) {
+	for _, other := range []Listener{
+		{Addr: loop4, Side: ims.Mw, UDP: true, Worker: -1},
+		{Addr: loop4, Side: ims.Mw, TCP: true, Worker: -1},
+	} {
+		first, _ := run(t, Config{Listeners: []Listener{other}}, recorder{})
+		taken := first.Listeners()[0].Addr
+		f, events := run(t, Config{Workers: 2, Listeners: []Listener{
+			{Addr: taken, Side: ims.Mw, UDP: true, TCP: true, Worker: 1, Optional: true}, gm(loop4),
+		}}, recorder{})
+		for _, s := range f.Worker(0).sockets {
+			if s.addr == taken {
+				t.Error("a socket at the address of another front")
+			}
+		}
+		write(t, udpPeer(t, "", f.Listeners()[1].Addr), sip("1", 0))
+		expect(t, events, "message")
+	}
+	if _, err := New(Config{Listeners: []Listener{
+		{Addr: netip.MustParseAddrPort("192.0.2.1:5060"), Side: ims.Mw, UDP: true, Optional: true},
+	}}, []Handler{&recorder{}}); !errors.Is(err, unix.EADDRNOTAVAIL) {
+		t.Errorf("another error: %v", err)
+	}
+}
+
 // descriptors counts the process's sockets.
 func descriptors(t *testing.T) int {
 	t.Helper()
