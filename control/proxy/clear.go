@@ -44,6 +44,24 @@ func (w *Worker) clearToken(k registrar.Key) token {
 	return token{kind: tokenClear, worker: uint8(w.id), ue: uint32(n >> 16), gen: uint16(n)}
 }
 
+// renameClear has the tokens lead here which contexts in clear have got from the workers that they were with in earlier runs.
+func (w *Worker) renameClear(k *Kept) {
+	names := make(map[Name]Name)
+	for i := range k.UEs {
+		u := &k.UEs[i]
+		if len(u.Former) == 0 || len(u.Sets) == 0 || !u.Sets[0].Clear {
+			continue
+		}
+		t := w.clearToken(registrar.Key{IMPI: canonicalIMPI(u.IMPI), Addr: u.Addr, Emergency: u.Emergency, Clear: true})
+		for _, f := range u.Former {
+			if int(f.Worker) != w.id {
+				names[Name{uint8(f.Worker), t.ue, t.gen}] = Name{t.worker, t.ue, t.gen} //nolint:gosec // at most 256 workers
+			}
+		}
+	}
+	w.cfg.Fleet.clear.setAll(names)
+}
+
 // ueOf returns the context that a token of Path or Record-Route names, or nil.
 func (w *Worker) ueOf(t token) *registrar.UE {
 	if t.kind == tokenClear {
@@ -59,6 +77,12 @@ func (w *Worker) noteClear(u *registrar.UE) bool {
 		return false
 	}
 	w.inClear[n] = u
+	if w.cfg.Fleet != nil { // its address has been moved here since
+		t := w.clearToken(u.Key())
+		if own := (Name{t.worker, t.ue, t.gen}); w.cfg.Fleet.clear.newest(own) != own {
+			w.cfg.Fleet.clear.remove(own)
+		}
+	}
 	return true
 }
 

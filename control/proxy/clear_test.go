@@ -727,3 +727,40 @@ func TestRestartInClear(t *testing.T) {
 		}
 	}
 }
+
+// A restart with another number of workers gives a registration in clear to another worker: the core's requests by the Path of
+// before reach the phone there, and what it registers afterwards wherever that is.
+func TestClearRelocated(t *testing.T) {
+	c := newCrew(t, 2, with(allow))
+	b := c.rigs[1]
+	p := newPhone()
+	p.authorization = credentials
+	req := c.one(1, clearFlow(), p.register("d1", 5060, plain...))
+	c.one(1, coreFlow(), answerTo(t, req.msg, "200 OK", p.accepted()...))
+	if b.association() == nil {
+		t.Fatal("not registered")
+	}
+	path := get(t, req.msg, sipmsg.Path)
+	c.snapshot()
+	if o := c.crash(); o.Relocated != 1 {
+		t.Fatalf("%d relocated", o.Relocated)
+	}
+	a := c.rigs[0]
+	for worker := range c.rigs {
+		out := c.one(worker, scscf(), strings.Replace(mtInvite(path, ""), "z9hG4bKs9", "z9hG4bKr"+string(rune('0'+worker)), 1))
+		if out.local != clearFlow().Local || out.remote != clearFlow().Remote {
+			t.Errorf("INVITE at worker %d: from %v to %v:\n%s", worker, out.local, out.remote, out.msg)
+		}
+	}
+	// Its time runs out, and it registers anew where its address has been moved to meanwhile.
+	a.w.table.DissociateAll(impi)
+	req = c.one(1, clearFlow(), p.register("d2", 5060, plain...))
+	c.one(1, coreFlow(), answerTo(t, req.msg, "200 OK", p.accepted()...))
+	path = get(t, req.msg, sipmsg.Path)
+	for worker := range c.rigs {
+		out := c.one(worker, scscf(), strings.Replace(mtInvite(path, ""), "z9hG4bKs9", "z9hG4bKq"+string(rune('0'+worker)), 1))
+		if out.remote != clearFlow().Remote {
+			t.Errorf("INVITE at worker %d to %v:\n%s", worker, out.remote, out.msg)
+		}
+	}
+}

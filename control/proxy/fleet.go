@@ -23,6 +23,7 @@ type Fleet struct {
 	workers []*Worker // those that have booted
 	sets    atomic.Int64
 	names   renames // of UE contexts that have moved
+	clear   renames // of those in clear that a restart has given to other workers
 
 	departed, arrived atomic.Int64 // moves that have begun to be on their way, and that have ended
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -544,6 +545,30 @@ func (r *renames) newest(n Name) Name {
 func (r *renames) set(from, to Name) { r.change(from, func(m map[Name]Name) { m[from] = to }) }
 
 func (r *renames) remove(from Name) { r.change(from, func(m map[Name]Name) { delete(m, from) }) }
+
+// setAll is set for many names at once: each part is copied once.
+func (r *renames) setAll(names map[Name]Name) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var parts [nameBuckets]map[Name]Name
+	for from, to := range names {
+		m := &parts[from.UE%nameBuckets]
+		if *m == nil {
+			*m = make(map[Name]Name)
+			if old := r.bucket(from).Load(); old != nil {
+				maps.Copy(*m, *old)
+			}
+			r.n.Add(-int64(len(*m)))
+		}
+		(*m)[from] = to
+	}
+	for i := range parts {
+		if m := parts[i]; m != nil {
+			r.buckets[i].Store(&m)
+			r.n.Add(int64(len(m)))
+		}
+	}
+}
 
 func (r *renames) change(n Name, do func(map[Name]Name)) {
 	r.mu.Lock()

@@ -26,8 +26,13 @@ type KeptUE struct {
 	Sets []store.Set
 }
 
-// Restore says what the worker begins with. Call it before Boot.
-func (w *Worker) Restore(k *Kept) { w.kept = k }
+// Restore says what the worker begins with. Call it before any worker boots, since the others hear of what has come here.
+func (w *Worker) Restore(k *Kept) {
+	w.kept = k
+	if k != nil && w.cfg.Fleet != nil {
+		w.renameClear(k)
+	}
+}
 
 // Reserve keeps an SPI from being given out: of somebody else, or of a set that was restored. Call it before Boot.
 func (w *Worker) Reserve(spi ims.SPI) { w.spis.Reserve(spi) }

@@ -45,6 +45,9 @@ type Name struct {
 // that it stands in, over restarts with another number of workers and moves from worker to worker.
 func (c *Config) renamed(t token) token {
 	if t.kind == tokenClear {
+		if c.Fleet != nil { // the name stays, since it comes from identity and address
+			t.worker = c.Fleet.clear.newest(Name{t.worker, t.ue, t.gen}).Worker
+		}
 		return t
 	}
 	n := Name{t.worker, t.ue, t.gen}
