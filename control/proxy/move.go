@@ -497,17 +497,16 @@ func (w *Worker) release(impi string, n store.Freed) {
 	}
 }
 
-// sendSPIs has SPIs of another worker's pool freed there.
+// sendSPIs has SPIs of other workers' pools freed there.
 func (w *Worker) sendSPIs(spis ...ims.SPI) {
 	for k := range w.cfg.Workers {
 		lo, hi := sa.Split(w.cfg.SPIFirst, w.cfg.SPILast, k, w.cfg.Workers)
-		if spis[0] < lo || spis[0] > hi {
+		if !slices.ContainsFunc(spis, func(spi ims.SPI) bool { return spi >= lo && spi <= hi }) {
 			continue
 		}
-		if o := w.cfg.Fleet.worker(k); o != nil {
+		if o := w.cfg.Fleet.worker(k); o != nil { // it ignores those that it has not given out
 			w.insistOn(o, func(o *Worker) { o.table.Free(spis...) }, insistTries)
 		}
-		return
 	}
 }
 

@@ -11,6 +11,23 @@ import (
 	"github.com/gmgate/gmgate/control/sa"
 )
 
+// The two SPIs of a set may be of different pools, since the number of workers has changed: each goes back to its own.
+func TestFreeAcrossPools(t *testing.T) {
+	b := newBench(t)
+	var sent []ims.SPI
+	b.table.SendSPIs(func(spis ...ims.SPI) { sent = append(sent, spis...) })
+	s := b.begin(offer(0))
+	b.table.Confirm(s, time.Hour)
+	b.backend.Answer()
+	b.spis.Free(s.SPIs.PS)
+	s.SPIs.PS = 1<<30 + 7
+	b.table.Deregister(s.UE, 0)
+	b.advance(time.Second)
+	if b.spis.InUse() != 0 || !slices.Equal(sent, []ims.SPI{1<<30 + 7}) {
+		t.Errorf("%d SPIs in use, sent %v", b.spis.InUse(), sent)
+	}
+}
+
 // A context goes to another table and ends there: its index, its SPIs and its SAs are free afterwards, and not before.
 func TestDetach(t *testing.T) {
 	a, b := newBench(t), newBench(t)

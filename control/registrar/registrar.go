@@ -1114,12 +1114,18 @@ func (t *Table) uninstall(s *Set) {
 	})
 }
 
-// freeSPIs gives the SPIs of a set back to the pool that they were taken from.
+// freeSPIs gives the SPIs of a set back to the pools that they are of: two where the number of workers has changed since.
 func (t *Table) freeSPIs(s *Set) {
-	if t.sendSPIs != nil && !t.spis.Covers(s.SPIs.PC) { // both are of one pool
-		t.sendSPIs(s.SPIs.PC, s.SPIs.PS)
-	} else {
-		t.Free(s.SPIs.PC, s.SPIs.PS)
+	var others []ims.SPI
+	for _, spi := range [...]ims.SPI{s.SPIs.PC, s.SPIs.PS} {
+		if t.spis.Covers(spi) {
+			t.spis.Free(spi)
+		} else {
+			others = append(others, spi)
+		}
+	}
+	if len(others) > 0 && t.sendSPIs != nil {
+		t.sendSPIs(others...)
 	}
 	s.Keys.Zero()
 }
