@@ -159,7 +159,7 @@ func (k *keeper) hand(i int, w *proxy.Worker) {
 		w.Reserve(spi)
 	}
 	from := &k.outcome.Workers[i]
-	kept := &proxy.Kept{Freed: from.Freed, LastID: from.LastID, UEs: make([]proxy.KeptUE, len(from.UEs))}
+	kept := &proxy.Kept{Freed: from.Freed, LastID: from.LastID, Labels: k.outcome.Labels, UEs: make([]proxy.KeptUE, len(from.UEs))}
 	for j, u := range from.UEs {
 		kept.UEs[j] = proxy.KeptUE(u)
 	}

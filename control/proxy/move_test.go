@@ -75,7 +75,7 @@ func (c *crew) boot(now time.Time, backend *satest.Backend, o *survive.Outcome) 
 			c.t.Fatal(err)
 		}
 		if o != nil {
-			kept := &Kept{Freed: o.Workers[k].Freed, LastID: o.Workers[k].LastID}
+			kept := &Kept{Freed: o.Workers[k].Freed, LastID: o.Workers[k].LastID, Labels: o.Labels}
 			for _, u := range o.Workers[k].UEs {
 				kept.UEs = append(kept.UEs, KeptUE(u))
 			}
@@ -1065,4 +1065,32 @@ func TestFewerWorkers(t *testing.T) {
 	c.rigs[0].leave(p)
 	c.settle()
 	c.empty()
+}
+
+// A restart gives a phone to another worker, and its SAs keep the label of the old one: no phone that comes there gets the same.
+func TestLabelsAfterRestart(t *testing.T) {
+	c := newCrew(t, 2)
+	p := c.rigs[1].registered()
+	c.settle()
+	label := c.rigs[1].context(p).Current.Label
+	c.snapshot()
+	c.crash()
+	if s := c.rigs[0].context(p).Current; s.Label != label {
+		t.Fatalf("label %#x, was %#x", s.Label, label)
+	}
+	labels := map[uint32]bool{label: true}
+	for i := range 3 {
+		q := c.rigs[1].signUp(phoneAt(fmt.Sprintf("10.45.0.%d", 20+i), 20+i))
+		c.settle()
+		if s := c.rigs[1].context(q).Current; labels[s.Label] {
+			t.Errorf("label %#x twice", s.Label)
+		} else {
+			labels[s.Label] = true
+		}
+		f := p.protectedFlow // what the new one sends in the name of the old one contradicts itself
+		f.Label = c.rigs[1].context(q).Current.Label
+		if out := c.deliver(0, f, p.message()); len(out) != 0 {
+			t.Errorf("with the label of another phone: %v", out)
+		}
+	}
 }

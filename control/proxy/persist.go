@@ -17,7 +17,8 @@ import (
 type Kept struct {
 	UEs    []KeptUE
 	Freed  []store.Freed
-	LastID uint64 // highest set id that this worker has given out
+	LastID uint64   // highest set id that this worker has given out
+	Labels []uint32 // of SAs, those of other workers' sets among them
 }
 
 // KeptUE is one UE context with its sets.
@@ -65,6 +66,9 @@ func (w *Worker) restore() {
 	}
 	for _, f := range k.Freed {
 		w.table.Retire(f.Index, f.Gen)
+	}
+	for _, label := range k.Labels {
+		w.table.Shun(label)
 	}
 	w.table.Resume(k.LastID)
 }

@@ -142,15 +142,30 @@ func (t *Table) Retire(index uint32, gen uint16) {
 	t.gens[index] = gen + restartGap
 }
 
+// Shun keeps the index that a label bears from being given out in this run: SAs have the label whose context has got another
+// name, here or at another worker, and one label must not stand for two phones.
+func (t *Table) Shun(label uint32) {
+	index := label & MaxUEs
+	if index == 0 || label>>indexBits != uint32(t.worker) { //nolint:gosec // at most 256 workers
+		return
+	}
+	t.reserve(index)
+	if t.shunned == nil {
+		t.shunned = make(map[uint32]struct{})
+	}
+	t.shunned[index] = struct{}{}
+}
+
 // Resume ends the restoring: indices in between are free, and set ids go on after the highest one ever seen.
 func (t *Table) Resume(lastID uint64) {
 	t.nextID = max(t.nextID, lastID&(1<<48-1))
 	t.free = t.free[:0] // of those that were restored some may have gone already
 	for i := len(t.ues) - 1; i > 0; i-- {
-		if t.ues[i] == nil {
+		if _, shunned := t.shunned[uint32(i)]; t.ues[i] == nil && !shunned { //nolint:gosec // at most MaxUEs
 			t.free = append(t.free, uint32(i)) //nolint:gosec // at most MaxUEs
 		}
 	}
+	t.shunned = nil // whoever has such an index now gives it back with the label
 }
 
 // at returns the UE with this index, nil if there is none.

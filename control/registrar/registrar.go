@@ -391,8 +391,9 @@ type Table struct {
 	queue       []*Set // in the order of their beginning, some confirmed and dead ones among them
 	nextID      uint64
 
-	retired  map[uint32]uint16 // generations of contexts that other tables have now, by their index here
-	sendSPIs func(...ims.SPI)  // frees those of other workers' pools; nil: nobody does
+	shunned  map[uint32]struct{} // indices that are not to be given out; until Resume
+	retired  map[uint32]uint16   // generations of contexts that other tables have now, by their index here
+	sendSPIs func(...ims.SPI)    // frees those of other workers' pools; nil: nobody does
 }
 
 // New makes an empty table. worker makes set ids unique in the process, post runs a function on the worker's loop.

@@ -65,6 +65,7 @@ type Outcome struct {
 	Moved   map[Name]Name          // former names of contexts, which a change of the number of workers has taken from them
 	SPIs    []ims.SPI              // in use: not to be given out
 	Foreign []ims.SPI              // those of SPIs that other programs have towards our addresses
+	Labels  []uint32               // of the sets that go on, whatever their contexts are called now
 	Known   map[uint64]sa.Counters // of the sets that go on: all that the store has now
 
 	Relocated   int // contexts that got another worker now
@@ -443,6 +444,9 @@ func (l *loader) place(u UE) {
 	for i := range u.Sets {
 		l.out.Known[u.Sets[i].ID] = u.Sets[i].Counters
 		l.out.SPIs = append(l.out.SPIs, u.Sets[i].SPIs.PC, u.Sets[i].SPIs.PS)
+		if !u.Sets[i].Clear {
+			l.out.Labels = append(l.out.Labels, u.Sets[i].Label)
+		}
 	}
 	w := &l.out.Workers[owner]
 	w.UEs = append(w.UEs, u)
