@@ -34,15 +34,6 @@ func (f *Fleet) join(w *Worker) {
 	f.workers = append(f.workers, w)
 }
 
-// others runs do on the loop of every other worker.
-func (f *Fleet) others(self *Worker, do func(*Worker)) {
-	f.all(func(w *Worker) {
-		if w != self {
-			do(w)
-		}
-	})
-}
-
 // all runs do on the loop of every worker.
 func (f *Fleet) all(do func(*Worker)) {
 	f.mu.RLock()
@@ -156,7 +147,7 @@ const (
 	insistRetry = 100 * time.Millisecond
 )
 
-// insist is others for what must not get lost: a loop that has too much to do hears of it later.
+// insist runs do on the loop of every other worker. It is for what must not get lost: one that has too much to do hears of it later.
 func (f *Fleet) insist(self *Worker, do func(*Worker)) {
 	f.mu.RLock()
 	workers := slices.Clone(f.workers)
@@ -180,7 +171,7 @@ func (w *Worker) moved(u *registrar.UE) {
 	impi, addr := u.IMPI, u.Addr
 	w.leave(impi, addr)
 	if w.cfg.Fleet != nil {
-		w.cfg.Fleet.others(w, func(o *Worker) { o.leave(impi, addr) })
+		w.cfg.Fleet.insist(w, func(o *Worker) { o.leave(impi, addr) })
 	}
 }
 

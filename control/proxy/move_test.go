@@ -1094,3 +1094,20 @@ func TestLabelsAfterRestart(t *testing.T) {
 		}
 	}
 }
+
+// A phone registers from a new address while the worker of the one before has too much to do to hear of it: it hears later.
+func TestNewAddressMeanwhile(t *testing.T) {
+	c := newCrew(t, 2)
+	p := c.rigs[0].registered()
+	c.settle()
+	q := *p
+	q.addr, q.authorization, q.callID = netip.MustParseAddr("10.45.0.9"), "", "new"
+	c.rigs[1].challenge(&q, q.clear(), 5060)
+	c.rigs[0].l.full = true
+	c.rigs[1].accept(&q)
+	c.rigs[0].l.full = false
+	c.advance(time.Second)
+	if u := c.rigs[0].context(p); u.State != registrar.Deregistered {
+		t.Errorf("at the address of before it is %s", u.State)
+	}
+}
