@@ -9,6 +9,7 @@ import (
 
 	"github.com/gmgate/gmgate/control/ims"
 	"github.com/gmgate/gmgate/control/registrar"
+	"github.com/gmgate/gmgate/control/sa"
 	"github.com/gmgate/gmgate/dataplane/sipmsg"
 )
 
@@ -72,6 +73,47 @@ func TestRepeatedSM7(t *testing.T) {
 	out := r.one(p.protectedFlow, p.register("sm7-again", 6300, "Security-Verify: "+p.server))
 	if out.remote != coreAddr {
 		t.Errorf("R6.19: same offer on the established set is refused:\n%s", out.msg)
+	}
+}
+
+// A query of the bindings that the core challenges changes nothing of the registration either: over the set of the registration
+// it brings a new set as any re-authentication, in clear it brings none.
+func TestChallengedQuery(t *testing.T) {
+	fetch := []string{"Contact:", "Expires:"}
+	bindings := "Contact: <sip:001010000000001@10.45.0.7:6300>;expires=500"
+	for name, protected := range map[string]bool{"over the set": true, "in clear": false} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			p := r.registered()
+			u, before, deadline := r.context(p), *p, r.context(p).Current.Deadline
+			from := clearFlow()
+			if protected {
+				from = p.protectedFlow
+			}
+			p.agree()
+			req := r.one(from, p.register("q1", 5060, append(fetch, "Security-Verify: "+before.server)...))
+			r.readServer(p, r.one(coreFlow(), answerTo(t, req.msg, "401 Unauthorized", challenge)).msg)
+			p.authorization = proof
+			sm7 := r.one(p.protectedFlow, p.register("q2", 6300, append(fetch, "Security-Verify: "+p.server)...))
+			ok := r.one(coreFlow(), answerTo(t, sm7.msg, "200 OK", bindings))
+			p.downlink(t, ok)
+			if status(t, ok.msg) != 200 || u.State != registrar.Registered {
+				t.Fatalf("it is %s:\n%s", u.State, ok.msg)
+			}
+			in := &before
+			if protected {
+				in = p
+				if s := r.w.table.Find(p.protectedFlow); s == nil || s.Phase != sa.Established || !s.Deadline.Equal(deadline) {
+					t.Errorf("new set %+v, want it until %v", s, deadline)
+				}
+				r.one(p.protectedFlow, p.message())
+			}
+			r.advance(r.cfg.Registrar.OldSet + time.Second)
+			r.served(in)
+			if len(u.Sets) != 1 || u.Current.Deadline.Before(deadline) {
+				t.Errorf("%d sets, until %v", len(u.Sets), u.Current.Deadline)
+			}
+		})
 	}
 }
 

@@ -897,6 +897,10 @@ func (w *Worker) registered(tx *regTx) {
 		w.verifyAfter(tx)
 		return
 	}
+	if query {
+		w.queried(tx, answer)
+		return
+	}
 	if expires <= 0 {
 		w.finishRegister(tx, answer, 200)
 		w.obs.Registration(observe.RegDereg, true)
@@ -937,6 +941,21 @@ func (w *Worker) registered(tx *regTx) {
 	w.metrics.ObserveRegistration(w.eg.Now().Sub(tx.began))
 	w.finishRegister(tx, answer, 200)
 	w.watch(s.UE, expires, initial)
+}
+
+// queried handles a 2xx over a temporary set to a REGISTER that registers nothing and ends nothing. Where it came over the set of a
+// registration it has authenticated that anew; else nobody needs the set.
+func (w *Worker) queried(tx *regTx, answer []byte) {
+	s := tx.over
+	if o := s.Over; s.UE.State == registrar.Registered && o != nil && !o.Dropped() && (o.Phase == sa.Established || o.Phase == sa.Old) {
+		s.OverTCP = tx.flow.Conn != 0
+		w.apply(s, tx.policy)
+		w.table.Confirm(s, 0) // as long as the one before
+	} else {
+		w.table.Drop(s, answerGrace)
+	}
+	w.finishRegister(tx, answer, 200)
+	w.verifyAfter(tx)
 }
 
 // registrationRefused passes any other final answer on; the set of a failed authentication goes, older ones stay
