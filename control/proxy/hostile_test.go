@@ -76,6 +76,22 @@ func TestRepeatedSM7(t *testing.T) {
 	}
 }
 
+// A set ends while the core thinks about a REGISTER that came over it: the core's answer ends the transaction all the same.
+func TestAnsweredTooLate(t *testing.T) {
+	r := newRig(t)
+	p := r.registered()
+	req := r.one(p.protectedFlow, p.register("rf", 6300, "Security-Client:"))
+	r.w.table.Expired(r.context(p).Current.ID)
+	if out := r.deliver(coreFlow(), answerTo(t, req.msg, "200 OK", p.ok200()...)); len(out) != 0 {
+		t.Errorf("sent: %v", out)
+	}
+	r.advance(10 * time.Second)
+	if len(r.l.out) != 0 {
+		t.Errorf("after its answer the core is asked %d times:\n%v", len(r.l.out), r.l.out[0])
+	}
+	r.empty()
+}
+
 // A query of the bindings that the core challenges changes nothing of the registration either: over the set of the registration
 // it brings a new set as any re-authentication, in clear it brings none.
 func TestChallengedQuery(t *testing.T) {

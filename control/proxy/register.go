@@ -878,12 +878,13 @@ func (w *Worker) registered(tx *regTx) {
 		w.registeredClear(tx, answer, expires)
 		return
 	}
-	if s == nil || !s.Live() {
-		// A 200 to a REGISTER in clear would register a UE that nothing protects.
-		if s == nil {
-			w.registerFailed(tx, 500, "Server Internal Error", "core accepted a registration without authentication",
-				observe.ReasonChallengeWithoutKeys)
-		}
+	switch {
+	case s == nil: // a 200 to a REGISTER in clear would register a UE that nothing protects
+		w.registerFailed(tx, 500, "Server Internal Error", "core accepted a registration without authentication",
+			observe.ReasonChallengeWithoutKeys)
+		return
+	case !s.Live(): // its time has run out meanwhile; there may be another one to say so over
+		w.registerFailed(tx, 500, "Server Internal Error", "security association is gone", observe.ReasonUEUnreachable)
 		return
 	}
 	query := tx.contact == "" && !tx.dereg
