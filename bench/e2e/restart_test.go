@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gmgate/gmgate/bench/lab"
 	"github.com/gmgate/gmgate/bench/ue"
 	"github.com/gmgate/gmgate/control/ims"
 )
@@ -274,6 +275,33 @@ func TestRestart(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestRestartWorkers starts the daemon again with fewer workers, and with more: the core reaches every phone by the Path of before,
+// though the Mw port in it may be that of a worker that there is no more, and calls of before are ended by their Record-Routes.
+func TestRestartWorkers(t *testing.T) {
+	const phones = 8 // two for each of the workers at the beginning
+	f := start(t, stored(t, fixtureConfig{daemon: lab.DaemonOptions{Workers: 4}}))
+	ctx := longer(t)
+	ends := f.crowd(ctx, t, phones)
+	hangUp := f.calls(ctx, t, ends)
+	f.kept(ctx, t, phones)
+	for _, workers := range []string{"1", "3"} {
+		f.daemon.Configure(strings.Replace(f.config, "workers: 4", "workers: "+workers, 1))
+		ready := f.restart(ctx, t, func() error { return f.daemon.Stop() })
+		f.fromNetwork(ctx, t, ends, ready)
+		f.toNetwork(ctx, t, ends)
+	}
+	hangUp()
+	if n := f.metric(ctx, t, "sip_drops_total", `reason="label_mismatch"`); n != 0 {
+		t.Errorf("%g messages had the label of another UE context", n)
+	}
+	f.behave(challenging, func() {
+		each(t, ends, func(e *end) error { _, err := e.u.Reregister(ctx); return err })
+	})
+	f.fromNetwork(ctx, t, ends, time.Now())
+	each(t, ends, func(e *end) error { return e.u.Deregister(ctx) })
+	f.wantNoSets(ctx, t)
 }
 
 // calls sets up calls between every two phones, and returns when they stand. Ending them takes a re-INVITE, an UPDATE and a

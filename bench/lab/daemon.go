@@ -191,6 +191,9 @@ func (d *Daemon) Restart(ctx context.Context) (*Daemon, error) {
 	return d.lab.StartDaemon(ctx, d.binary, d.config, d.log.tee)
 }
 
+// Configure gives the daemon another configuration for its next start.
+func (d *Daemon) Configure(configYAML string) { d.config = configYAML }
+
 func (d *Daemon) clean(err error) error {
 	d.http.CloseIdleConnections()
 	if err != nil && !d.killed.Load() {
