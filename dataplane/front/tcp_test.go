@@ -716,6 +716,11 @@ func TestDialErrors(t *testing.T) {
 			t.Errorf("dial %d: %+v, want %v", i, e, tt.want)
 		}
 	}
+	eventually(t, "the last dial is over", func() bool { // its result comes a moment before
+		f.dials[0].mu.Lock()
+		defer f.dials[0].mu.Unlock()
+		return f.dials[0].running == 0
+	})
 	// One at a time and four waiting: the sixth is refused at once, all the same through Dialed.
 	if err := w.Post(func() {
 		for i := range 6 {
