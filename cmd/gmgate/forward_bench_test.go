@@ -76,6 +76,8 @@ func (r *recorder) SendUDP(_, remote netip.AddrPort, msg []byte) error {
 	return nil
 }
 
+func (r *recorder) Answer(f func()) error { return r.Post(f) }
+
 func (r *recorder) Post(f func()) error {
 	if !r.playing {
 		return r.Worker.Post(f)

@@ -89,6 +89,8 @@ func (m *memory) SendUDP(_, remote netip.AddrPort, msg []byte) error {
 	return nil
 }
 
+func (m *memory) Answer(f func()) error { return m.Post(f) }
+
 func (m *memory) Post(f func()) error {
 	m.mu.Lock()
 	m.posted = append(m.posted, f)

@@ -74,6 +74,14 @@ func (l *loop) Post(f func()) error {
 	return nil
 }
 
+// Answer takes what it is given also when the queue is full.
+func (l *loop) Answer(f func()) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.posted = append(l.posted, f)
+	return nil
+}
+
 func (l *loop) take() []func() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -80,6 +80,7 @@ type Egress interface {
 	Dial(local, remote netip.AddrPort, side ims.Side, hidden bool, tag uint64)
 	CloseConn(c ims.ConnID, reset bool)
 	Post(f func()) error
+	Answer(f func()) error
 	Hand(to int, f ims.Flow, msg []byte) error
 	Now() time.Time
 }
@@ -199,7 +200,7 @@ func New(cfg *Config, id int, inst sa.Installer, m *observe.Metrics, log *slog.L
 func (w *Worker) Boot(eg Egress) {
 	w.eg, w.began = eg, eg.Now()
 	w.wheel = wheel.New(wheelTick, eg.Now())
-	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Post, setObserver{w})
+	w.table = registrar.New(w.cfg.Registrar, w.id, w.spis, w.wheel, eg.Now, w.inst, eg.Answer, setObserver{w})
 	if w.cfg.Fleet != nil {
 		w.table.SendSPIs(w.sendSPIs)
 	}

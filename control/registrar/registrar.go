@@ -41,6 +41,9 @@ const indexBits = 24
 // MaxUEs is how many UE contexts one table can hold.
 const MaxUEs = 1<<indexBits - 1
 
+// removeRetry is the time between two attempts to take SAs out of a backend that refuses.
+const removeRetry = 2 * time.Second
+
 // hardMargin is how much longer the backend keeps an SA than we do, as a backstop for a crash.
 const hardMargin = time.Minute
 
@@ -739,7 +742,7 @@ func (t *Table) outlives(s *Set, o *Offer) bool {
 	return o.Over == nil && s.Over != nil && !s.removing && !spiClash(s, o) && sets <= t.cfg.MaxSets
 }
 
-// onLoop runs f on the worker's loop. A loop that is gone has no state left to keep right.
+// onLoop runs what the backend's answer leads to on the worker's loop. A loop that is gone has no state left to keep right.
 func (t *Table) onLoop(f func()) { _ = t.post(f) }
 
 func (t *Table) installed(s *Set, err error, done func(*Set, error)) {
@@ -1108,10 +1111,17 @@ func (t *Table) makeRoom(s *Set) {
 	}
 }
 
-// uninstall takes the SAs out of the backend; the SPIs come free only afterwards.
+// uninstall takes the SAs out of the backend; the SPIs come free only afterwards. A backend that refuses, for want of memory
+// say, is asked again until the hard limit of the SAs, which ends them in any case.
 func (t *Table) uninstall(s *Set) {
-	t.installer.Remove(s.Params, func(error) {
-		t.onLoop(func() { t.freeSPIs(s) })
+	t.installer.Remove(s.Params, func(err error) {
+		t.onLoop(func() {
+			if err != nil && t.now().Before(s.HardLimit()) {
+				t.wheel.Schedule(&s.timer, removeRetry, func() { t.uninstall(s) })
+				return
+			}
+			t.freeSPIs(s)
+		})
 	})
 }
 

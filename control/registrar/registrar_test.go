@@ -4,6 +4,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"net/netip"
 	"os"
 	"testing"
@@ -539,6 +540,52 @@ func TestDiagrams(t *testing.T) {
 	got, err := os.ReadFile(file)
 	if err != nil || string(got) != text {
 		t.Errorf("%s is not what the tables say (%v): run with -update", file, err)
+	}
+}
+
+// A backend that does not let go of SAs is asked again: their SPIs are not given out before, at the latest after the hard limit.
+func TestRemoveRefused(t *testing.T) {
+	for name, refusals := range map[string]int{"twice": 2, "always": math.MaxInt} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			s := b.begin(offer(1))
+			b.table.Confirm(s, time.Hour)
+			b.backend.Answer()
+			asked := 0
+			b.backend.FailRemove = func(sa.Params) error {
+				if asked++; asked > refusals {
+					return nil
+				}
+				return errors.New("no buffer space")
+			}
+			b.table.Drop(s, 0)
+			b.advance(tick)
+			b.backend.Answer()
+			if n := b.spis.InUse(); n != 2 || asked != 1 {
+				t.Fatalf("%d SPIs in use after %d attempts", n, asked)
+			}
+			for range 3 {
+				b.advance(removeRetry)
+				b.backend.Answer()
+			}
+			if refusals == 2 {
+				if n := b.spis.InUse(); n != 0 || asked != 3 {
+					t.Fatalf("%d SPIs in use after %d attempts", n, asked)
+				}
+				b.empty()
+				return
+			}
+			if n := b.spis.InUse(); n != 2 {
+				t.Fatalf("%d SPIs in use while the kernel has the SAs", n)
+			}
+			for b.now.Before(s.HardLimit().Add(removeRetry)) {
+				b.advance(removeRetry)
+				b.backend.Answer()
+			}
+			if n := b.spis.InUse(); n != 0 || b.wheel.Len() != 0 {
+				t.Errorf("%d SPIs in use and %d timers after the hard limit", n, b.wheel.Len())
+			}
+		})
 	}
 }
 

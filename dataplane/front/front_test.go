@@ -366,6 +366,31 @@ func TestBootPanic(t *testing.T) {
 	mustEqual(t, "descriptors", descriptors(t), before)
 }
 
+// TestAnswer: results are taken where further functions are refused.
+func TestAnswer(t *testing.T) {
+	f, _ := run(t, Config{}, recorder{})
+	w := f.Worker(0)
+	hold, held := make(chan struct{}), make(chan struct{})
+	if err := w.Post(func() { close(held); <-hold }); err != nil {
+		t.Fatal(err)
+	}
+	<-held
+	for range maxPosts {
+		if err := w.Post(func() {}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Post(func() {}); !errors.Is(err, ErrBusy) {
+		t.Errorf("one too many: %v", err)
+	}
+	answered := make(chan struct{})
+	if err := w.Answer(func() { close(answered) }); err != nil {
+		t.Fatal(err)
+	}
+	close(hold)
+	<-answered
+}
+
 // TestPostOrder has several producers; each one's functions and messages run in its order, ticks in between.
 func TestPostOrder(t *testing.T) {
 	const producers, each = 4, 3000

@@ -212,6 +212,12 @@ func (w *Worker) Post(f func()) error {
 	return w.inbox.push(task{run: f}, false)
 }
 
+// Answer is Post for the result of something that was asked for on the loop: it is taken however much is waiting, since what
+// waits for it would wait for ever, and also while the loop ends.
+func (w *Worker) Answer(f func()) error {
+	return w.inbox.push(task{run: f}, true)
+}
+
 // Hand gives a copy of a UDP message to another worker's Message. It may be called from any goroutine. Order is kept as by
 // Post. A full queue drops the message: ErrBusy.
 func (w *Worker) Hand(to int, f ims.Flow, msg []byte) error {

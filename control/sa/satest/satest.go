@@ -27,6 +27,8 @@ type Backend struct {
 	Fail func(p sa.Params) error
 	// FailExtend, if set, is asked before each Extend.
 	FailExtend func(p sa.Params) error
+	// FailRemove, if set, is asked before each Remove.
+	FailRemove func(p sa.Params) error
 
 	// Foreign is what Adopt tells of the SPIs of others.
 	Foreign []ims.SPI
@@ -81,6 +83,12 @@ func keyOf(s sa.SA) key { return key{s.Dst.Addr().String(), s.SPI} }
 // Remove implements sa.Installer.
 func (b *Backend) Remove(p sa.Params, done func(error)) {
 	b.later(func() {
+		if b.FailRemove != nil {
+			if err := b.FailRemove(p); err != nil {
+				done(err)
+				return
+			}
+		}
 		b.mu.Lock()
 		for _, s := range p.SAs() {
 			delete(b.sas, keyOf(s))

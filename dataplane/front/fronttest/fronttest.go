@@ -170,6 +170,9 @@ func (w *Worker) Post(f func()) error {
 	return nil
 }
 
+// Answer is Post.
+func (w *Worker) Answer(f func()) error { return w.Post(f) }
+
 // Hand records a message for another worker. It may be called from any goroutine.
 func (w *Worker) Hand(to int, f ims.Flow, msg []byte) error {
 	if to < 0 || to >= w.workers {
