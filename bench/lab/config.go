@@ -35,6 +35,8 @@ type DaemonOptions struct {
 	ClearRequests   string      // gm.clear_requests: reject, drop
 	MwTransport     string      // mw.transport: udp, tcp
 	NextHops        []string    // default: the lab's core
+	MwInterface     string      // mw.interface
+	MwSources       []string    // mw.sources
 	RegAwaitAuth    time.Duration
 	LifetimeMargin  time.Duration
 	OldSet          time.Duration
@@ -94,6 +96,14 @@ func (l *Lab) DaemonConfig(o DaemonOptions) string {
 	fmt.Fprintf(&b, "mw:\n  addresses: %s\n  port: %d\n  next_hops: %s\n  visited_network: ims.mnc001.mcc001.3gppnetwork.org\n",
 		list(mw), PortMw, list(hops))
 	option(&b, "  transport", o.MwTransport)
+	option(&b, "  interface", o.MwInterface)
+	if len(o.MwSources) > 0 {
+		quoted := make([]string, len(o.MwSources))
+		for i, s := range o.MwSources {
+			quoted[i] = strconv.Quote(s)
+		}
+		fmt.Fprintf(&b, "  sources: %s\n", list(quoted))
+	}
 	duration(&b, "  register_timeout", o.RegisterTimeout)
 	duration(&b, "  health_interval", o.HealthInterval)
 	fmt.Fprintf(&b, "limits:\n  pending_per_source: %d\n", cmp.Or(o.PendingSource, 4096))

@@ -36,9 +36,41 @@ func (p *preflight) checkAddresses(context.Context) {
 			}
 		}
 	}
+	var mw []string
 	for _, a := range p.cfg.Mw.Addresses {
-		p.checkAddress("mw", a)
+		if l := p.checkAddress("mw", a); l != "" && !slices.Contains(mw, l) {
+			mw = append(mw, l)
+		}
 	}
+	p.checkMw(mw)
+}
+
+// checkMw tells who can reach the Mw addresses, which are on links: a host takes packets for any address of its own on any
+// interface, and what comes to the Mw sockets is believed.
+func (p *preflight) checkMw(links []string) {
+	name := p.cfg.Mw.Interface
+	f := finding{Name: "mw access", State: verdictOK, Value: "by " + name}
+	switch {
+	case name != "" && !slices.ContainsFunc(p.links, func(l probe.Link) bool { return l.Name == name }):
+		f.State, f.Value, f.Detail, f.Hint = verdictFail, "absent", "there is no interface "+name, "correct mw.interface"
+	case name != "" && slices.Contains(p.gm, name):
+		f.State, f.Detail = verdictWarn, "phones come in by it as well, and may speak as the core"
+		f.Hint = "set mw.sources, and keep packets of phones in the core's name off in the network"
+		if len(p.cfg.Mw.Sources) > 0 {
+			f.State, f.Detail = verdictNote, "phones come in by it as well: the network has to keep those off that use the core's addresses"
+			f.Hint = ""
+		}
+	case name != "":
+	case len(p.cfg.Mw.Sources) > 0:
+		f.Value, f.Detail = "by source", "phones that use the core's addresses have to be kept off elsewhere"
+	default:
+		f.State, f.Value, f.Detail = verdictWarn, "open", "a phone that can send to the Mw addresses may speak as the core"
+		f.Hint = "set mw.sources"
+		if len(links) == 1 && !slices.Contains(p.gm, links[0]) {
+			f.Hint = "set mw.interface: " + links[0] + ", or mw.sources"
+		}
+	}
+	p.say(f)
 }
 
 // entries returns the interfaces that packets for an address of this one come in by, as the guard sees it: for the loopback

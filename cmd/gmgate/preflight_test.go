@@ -813,6 +813,53 @@ func TestPreflightFindings(t *testing.T) {
 	}
 }
 
+// Who can speak to the Mw sockets, and how to keep phones from it.
+func TestPreflightMwAccess(t *testing.T) {
+	sources := []netip.Prefix{netip.MustParsePrefix("10.0.1.0/24")}
+	for _, tt := range []struct {
+		name, link string
+		sources    []netip.Prefix
+		moved      bool // the Mw address is on the interface of the phones
+		state      verdict
+		text       string
+	}{
+		{"own interface", "eth1.100", nil, false, verdictOK, "by eth1.100"},
+		{"no such interface", "eth7", sources, false, verdictFail, "no interface eth7"},
+		{"open", "", nil, false, verdictWarn, "mw.interface: eth1.100"},
+		{"open, one interface", "", nil, true, verdictWarn, "mw.sources"},
+		{"sources", "", sources, false, verdictOK, "by source"},
+		{"interface of the phones", "eth0", nil, true, verdictWarn, "mw.sources"},
+		{"interface of the phones and sources", "eth0", sources, true, verdictNote, "the network"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := goodHost("testdata/preflight/dual.yaml", goodTree())
+			p.run(t.Context())
+			if tt.moved {
+				links := p.host.Links
+				p.host.Links = func() ([]probe.Link, error) {
+					list, err := links()
+					list[1].Addrs, list[2].Addrs = append(list[1].Addrs, list[2].Addrs...), nil
+					return list, err
+				}
+			}
+			p.cfg.Mw.Interface, p.cfg.Mw.Sources = tt.link, tt.sources
+			p.results.Checks, p.gm = nil, nil
+			p.checkAddresses(t.Context())
+			i := slices.IndexFunc(p.results.Checks, func(f finding) bool { return f.Name == "mw access" })
+			if i < 0 {
+				t.Fatalf("nothing is said: %+v", p.results.Checks)
+			}
+			f := p.results.Checks[i]
+			if f.State != tt.state || !strings.Contains(f.Value+"\n"+f.Detail+"\n"+f.Hint, tt.text) {
+				t.Errorf("%+v, want %s and %q", f, tt.state, tt.text)
+			}
+			if only := "mw.interface: "; tt.moved && strings.Contains(f.Hint, only) {
+				t.Errorf("%+v: that does not help", f)
+			}
+		})
+	}
+}
+
 // Nothing but the change of TestPreflightFindings is wrong with the good host.
 func TestPreflightGoodHost(t *testing.T) {
 	p := goodHost("testdata/preflight/dual.yaml", goodTree())

@@ -232,6 +232,7 @@ func frontConfig(cfg *config.Config, back *backend, log *slog.Logger) front.Conf
 		Workers: cfg.WorkerCount(), Hidden: back.hidden, MaxMessage: cfg.Gm.MaxMessage,
 		MaxConnections: cfg.Gm.TCP.MaxConnections, MaxPerSource: cfg.Gm.TCP.MaxPerSource, IdleTimeout: cfg.Gm.TCP.IdleTimeout,
 		DialTimeout: cfg.Gm.TCP.DialTimeout, TCPMaxSeg: cfg.Gm.TCP.MaxSegment, Logger: log,
+		MwInterface: cfg.Mw.Interface, MwSources: cfg.Mw.Sources,
 	}
 	hidden := back.hidden != nil
 	for _, a := range cfg.Gm.Addresses {

@@ -59,7 +59,21 @@ func (c *Config) check(r *report) {
 	if p := c.Store.Path; p != "" && p == c.Store.KeyFile && c.Store.Credential == "" {
 		r.add("store.key_file", "is store.path as well", "leave it out to get the default")
 	}
+	c.checkSources(r)
 	c.checkMetrics(r)
+}
+
+// checkSources: a next hop whose answers would be dropped is a mistake.
+func (c *Config) checkSources(r *report) {
+	if len(c.Mw.Sources) == 0 || r.anyFailed("mw.sources", "mw.next_hops", "mw.hosts") {
+		return
+	}
+	for _, h := range c.Mw.NextHops {
+		a := h.Addr.Addr()
+		if a.IsValid() && !slices.ContainsFunc(c.Mw.Sources, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			r.add("mw.sources", fmt.Sprintf("the next hop %s is not among them", a), "add "+netip.PrefixFrom(a, a.BitLen()).String())
+		}
+	}
 }
 
 func (r *report) anyFailed(paths ...string) bool {

@@ -117,6 +117,8 @@ type Mw struct {
 	NextHops                 []NextHop
 	Hosts                    map[string]netip.Addr // names in lower case
 	Peers                    []netip.Prefix
+	Interface                string         // that the core is reached by; empty: any
+	Sources                  []netip.Prefix // addresses that messages of the core come from; empty: any
 	VisitedNetwork           string
 	PathHost                 string // empty: the Mw address
 	IntegrityProtectedClear  IntegrityClear

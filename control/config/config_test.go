@@ -151,7 +151,7 @@ func TestSchemaIsDocumentedAndComplete(t *testing.T) {
 			t.Errorf("%s is neither a section nor a value", path)
 		}
 	})
-	if n != 74 {
+	if n != 76 {
 		t.Errorf("%d keys; a new one belongs into testdata/good/everything.yaml with another value than the default", n)
 	}
 	walk("", ruleFields(0), func(path string, f *field) {
@@ -225,6 +225,7 @@ func TestFields(t *testing.T) {
 			Peers: []netip.Prefix{
 				netip.MustParsePrefix("10.0.1.0/24"), netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("2001:db8:1::9/128"),
 			},
+			Interface: "mw0", Sources: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("2001:db8:1::/64")},
 			VisitedNetwork: "visited.example", PathHost: "pcscf.example", IntegrityProtectedClear: IntegrityAbsent,
 			OrigIOI: "home.example", ServiceRoute: ServiceRouteRefuse, RegisterTimeout: 8 * time.Second,
 			RegEvent: RegEvent{Expires: 2 * time.Hour, URI: "sip:gm1@pcscf.example:5080"},

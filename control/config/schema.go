@@ -119,7 +119,17 @@ func schema() []field {
 				func(c *Config) *ims.Transport { return &c.Mw.Transport }),
 			nextHopsField("next_hops", "Entry points of the core, tried in order: host:port or host:port;transport=tcp. Required.\nA host is an address or a name of the table hosts."),
 			hostsField("hosts", "Names and their addresses: hosts of next hops, and of Service-Route and Route."),
-			peersField("peers", "Destinations that requests of phones may be routed to, beside next hops and hosts."),
+			prefixesField("peers", "Destinations that requests of phones may be routed to, beside next hops and hosts.", `["10.0.1.0/24"]`,
+				func(c *Config) *[]netip.Prefix { return &c.Mw.Peers }),
+			textField("interface", "Interface that the core is reached by: the Mw sockets use no other one. What comes on them is trusted,\nso phones must not reach them. Empty: any interface.",
+				func(c *Config) *string { return &c.Mw.Interface }, func(s string) string {
+					if s != "" && !isInterface(s) {
+						return "not the name of an interface"
+					}
+					return ""
+				}),
+			prefixesField("sources", "Addresses that messages of the core come from, all else is dropped. Empty: any.", `["10.0.1.0/24"]`,
+				func(c *Config) *[]netip.Prefix { return &c.Mw.Sources }),
 			textField("visited_network", "P-Visited-Network-ID of REGISTER: this network's name.",
 				func(c *Config) *string { return &c.Mw.VisitedNetwork }, func(s string) string {
 					if !validName(s) {
@@ -418,15 +428,20 @@ func pinField(key, doc string, at func(*Config) *string) field {
 // maxInterface is the length of an interface's name, IFNAMSIZ without the final zero.
 const maxInterface = 15
 
+// isInterface reports whether s can be the name of an interface.
+func isInterface(s string) bool {
+	return s != "" && len(s) <= maxInterface && !strings.ContainsFunc(s, func(r rune) bool {
+		return r <= ' ' || r == '/' || r == ':' || r > unicode.MaxASCII
+	})
+}
+
 func interfacesField(key, doc string) field {
 	f := listField(key, doc, func(c *Config) *[]string { return &c.Guard.Interfaces },
 		func(d *decoder, path string, n ast.Node) (string, bool) {
 			return d.text(path, n, "the name of an interface")
 		},
 		showText, func(s string) string {
-			if s == "" || len(s) > maxInterface || strings.ContainsFunc(s, func(r rune) bool {
-				return r <= ' ' || r == '/' || r == ':' || r > unicode.MaxASCII
-			}) {
+			if !isInterface(s) {
 				return fmt.Sprintf("%q is not the name of an interface", s)
 			}
 			return ""
@@ -779,16 +794,15 @@ func hostsField(key, doc string) field {
 	}
 }
 
-func peersField(key, doc string) field {
-	f := listField(key, doc, func(c *Config) *[]netip.Prefix { return &c.Mw.Peers },
-		readPrefix, quoted[netip.Prefix], prefixFault)
-	f.sample = `["10.0.1.0/24"]`
+func prefixesField(key, doc, sample string, at func(*Config) *[]netip.Prefix) field {
+	f := listField(key, doc, at, readPrefix, quoted[netip.Prefix], prefixFault)
+	f.sample = sample
 	// An empty list in the file and none at all are the same configuration.
 	read := f.read
 	f.read = func(d *decoder, path string, n ast.Node) {
 		read(d, path, n)
-		if len(d.config.Mw.Peers) == 0 {
-			d.config.Mw.Peers = nil
+		if len(*at(d.config)) == 0 {
+			*at(d.config) = nil
 		}
 	}
 	return f

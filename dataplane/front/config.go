@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
+	"slices"
 	"syscall"
 	"time"
 
@@ -64,7 +66,14 @@ type Config struct {
 	TCPMaxSeg   int  // TCP_MAXSEG on the Gm sides, 0 leaves the kernel's
 	FreeBind    bool // listen on addresses that the host does not have yet
 
+	// The core is trusted, so nobody else must reach the Mw side. MwInterface is the only interface that its sockets use, "" any;
+	// MwSources are the addresses that peers there may have, none means any.
+	MwInterface string
+	MwSources   []netip.Prefix
+
 	Logger *slog.Logger // default: discard
+
+	mwIndex int // of MwInterface
 }
 
 // Implementation constants.
@@ -220,6 +229,24 @@ func (c *Config) members(l Listener) int {
 		return c.Workers
 	}
 	return 1
+}
+
+// isCore reports whether messages on the Mw side are taken from an address.
+func (c *Config) isCore(a netip.Addr) bool {
+	return len(c.MwSources) == 0 || slices.ContainsFunc(c.MwSources, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// findInterface looks for the interface of the Mw side.
+func (c *Config) findInterface() error {
+	if c.MwInterface == "" {
+		return nil
+	}
+	i, err := net.InterfaceByName(c.MwInterface)
+	if err != nil {
+		return fmt.Errorf("interface %s of the Mw side: %w", c.MwInterface, err)
+	}
+	c.mwIndex = i.Index
+	return nil
 }
 
 // listenerFDs returns how many descriptors the listeners take.

@@ -74,6 +74,9 @@ func New(cfg Config, handlers []Handler) (*Front, error) {
 	if len(handlers) != cfg.Workers {
 		return nil, fmt.Errorf("configure front: %d handlers for %d workers", len(handlers), cfg.Workers)
 	}
+	if err := cfg.findInterface(); err != nil {
+		return nil, fmt.Errorf("configure front: %w", err)
+	}
 	room := cfg.clampConnections()
 	f := &Front{
 		cfg: cfg, room: room, log: cfg.Logger,

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -85,6 +86,86 @@ func TestAddressInUse(t *testing.T) {
 		gm(netip.MustParseAddrPort("192.0.2.1:5060")), gm(netip.MustParseAddrPort("[2001:db8::77]:5060")),
 	}}, recorder{})
 	mustEqual(t, "listeners", len(f.Listeners()), 2)
+}
+
+// TestMwSources: on the Mw side nobody is heard but the core, on the others everybody.
+func TestMwSources(t *testing.T) {
+	f, events := run(t, Config{
+		Listeners: []Listener{{Addr: loop4, Side: ims.Mw, UDP: true, TCP: true, Worker: 0}, gm(loop4)},
+		MwSources: []netip.Prefix{netip.MustParsePrefix("127.0.1.0/24"), netip.MustParsePrefix("2001:db8::/32")},
+	}, recorder{})
+	mw, clear := f.Listeners()[0].Addr, f.Listeners()[1].Addr
+	write(t, udpPeer(t, "127.0.2.1", mw), sip("stranger", 0))
+	if c, err := net.DialTimeout("tcp", mw.String(), patience); err == nil { // it may be reset before we know of it
+		defer c.Close() //nolint:errcheck // nothing to lose
+		_ = c.SetDeadline(time.Now().Add(patience))
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the connection of a stranger is open: %v", err)
+		}
+	}
+	write(t, udpPeer(t, "127.0.1.7", mw), sip("core", 0))
+	if e := expect(t, events, "message"); e.flow.Remote.Addr().String() != "127.0.1.7" || e.flow.Side != ims.Mw {
+		t.Errorf("%+v", e.flow)
+	}
+	write(t, udpPeer(t, "127.0.2.1", clear), sip("phone", 0))
+	if e := expect(t, events, "message"); e.flow.Side != ims.GmClear {
+		t.Errorf("%+v", e.flow)
+	}
+	eventually(t, "both are counted", func() bool { s := f.Stats(); return s.Dropped(DropSource) == 2 })
+}
+
+// TestMwInterface: the sockets of the Mw side are bound to an interface, and no others.
+func TestMwInterface(t *testing.T) {
+	cfg := Config{Listeners: []Listener{{Addr: loop4, Side: ims.Mw, UDP: true, TCP: true, Worker: 0}, gm(loop4)}}
+	cfg.MwInterface = "no-such-link0"
+	if _, err := New(cfg, []Handler{&recorder{}}); err == nil || !strings.Contains(err.Error(), cfg.MwInterface) {
+		t.Errorf("got %v", err)
+	}
+	cfg.MwInterface = "lo"
+	lo, err := net.InterfaceByName(cfg.MwInterface)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, events := run(t, cfg, recorder{})
+	bound := func(c syscall.Conn) (index int) {
+		raw, err := c.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(raw.Control(func(fd uintptr) {
+			index, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX)
+		}), err); err != nil {
+			t.Fatal(err)
+		}
+		return index
+	}
+	for _, l := range f.tcp {
+		want := 0
+		if l.Side == ims.Mw {
+			want = lo.Index
+		}
+		if got := bound(l.ln); got != want {
+			t.Errorf("listener of side %v is bound to %d, want %d", l.Side, got, want)
+		}
+	}
+	for _, s := range f.Worker(0).sockets {
+		got, err := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX)
+		if want := map[bool]int{true: lo.Index}[s.side == ims.Mw]; err != nil || got != want {
+			t.Errorf("UDP socket of side %v is bound to %d, %v, want %d", s.side, got, err, want)
+		}
+	}
+	write(t, udpPeer(t, "", f.Listeners()[0].Addr), sip("core", 0))
+	expect(t, events, "message")
+	ln := listen(t, "127.0.0.1:0")
+	w := f.Worker(0)
+	if err := w.Post(func() {
+		w.Dial(netip.AddrPortFrom(loop4.Addr(), 0), addrOf(ln.Addr()), ims.Mw, false, 1)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if e := expect(t, events, "dialed"); e.err != nil {
+		t.Error(e.err)
+	}
 }
 
 // A listener that may be missing does not keep the front from starting where its UDP or TCP port is somebody else's, and leaves

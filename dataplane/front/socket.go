@@ -91,8 +91,11 @@ func shareOptions() []option {
 	}
 }
 
-func (c *Config) addressOptions(v6 bool) []option {
+func (c *Config) addressOptions(v6 bool, side ims.Side) []option {
 	var o []option
+	if side == ims.Mw && c.mwIndex != 0 {
+		o = append(o, option{level: unix.SOL_SOCKET, name: unix.SO_BINDTOIFINDEX, value: c.mwIndex})
+	}
 	if v6 {
 		o = append(o, option{level: unix.IPPROTO_IPV6, name: unix.IPV6_V6ONLY, value: 1})
 	}
@@ -106,8 +109,8 @@ func (c *Config) addressOptions(v6 bool) []option {
 	return o
 }
 
-func (c *Config) udpOptions(v6 bool) []option {
-	o := c.addressOptions(v6)
+func (c *Config) udpOptions(v6 bool, side ims.Side) []option {
+	o := c.addressOptions(v6, side)
 	// FORCE needs CAP_NET_ADMIN and exceeds net.core.[rw]mem_max; without it we get what the limits allow.
 	o = append(o,
 		option{level: unix.SOL_SOCKET, name: unix.SO_RCVBUF, value: c.ReadBuffer},
@@ -165,8 +168,9 @@ func openAlone(typ int, addr netip.AddrPort, opts []option) (int, error) {
 
 // claimTCP fails if somebody else listens on the address, and chooses a port if it has none. See openAlone;
 // net.ListenConfig cannot work like that.
-func (c *Config) claimTCP(addr netip.AddrPort) (netip.AddrPort, error) {
-	opts := c.addressOptions(addr.Addr().Is6())
+func (c *Config) claimTCP(l Listener) (netip.AddrPort, error) {
+	addr := l.Addr
+	opts := c.addressOptions(addr.Addr().Is6(), l.Side)
 	if addr.Port() != 0 {
 		// Connections of a predecessor in TIME_WAIT do not count, listening sockets still do.
 		opts = append(opts, option{level: unix.SOL_SOCKET, name: unix.SO_REUSEADDR, value: 1})
@@ -189,7 +193,7 @@ func (c *Config) openGroup(l Listener, n int) (fds []int, bound netip.AddrPort, 
 			fds = nil
 		}
 	}()
-	opts := c.udpOptions(addr.Addr().Is6())
+	opts := c.udpOptions(addr.Addr().Is6(), l.Side)
 	if l.labelled() { // an older kernel does without
 		opts = append(opts, option{level: unix.SOL_SOCKET, name: unix.SO_RCVMARK, value: 1, optional: true})
 	}
@@ -229,7 +233,7 @@ func (c *Config) listenTCP(l Listener, n int) (lns []*net.TCPListener, err error
 		}
 	}()
 	v6 := l.Addr.Addr().Is6()
-	opts := append(shareOptions(), c.addressOptions(v6)...)
+	opts := append(shareOptions(), c.addressOptions(v6, l.Side)...)
 	opts = append(opts, c.segmentOptions(l.Side)...) // accepted connections inherit it
 	lc := net.ListenConfig{
 		KeepAlive: -1,
@@ -244,7 +248,7 @@ func (c *Config) listenTCP(l Listener, n int) (lns []*net.TCPListener, err error
 		network = "tcp6"
 	}
 	err = c.inNamespace(l.Hidden, func() error {
-		addr, err := c.claimTCP(l.Addr)
+		addr, err := c.claimTCP(l)
 		if err != nil {
 			return err
 		}

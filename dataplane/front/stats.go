@@ -20,6 +20,7 @@ const (
 	DropRunt                    // datagram shorter than a SIP start line
 	DropOversize                // datagram above Config.MaxMessage
 	DropSourcePort              // datagram from port 0, which cannot be answered
+	DropSource                  // datagram or connection on the Mw side from an address that is none of Config.MwSources
 	DropQueueFull               // message for another worker whose queue is full
 	DropPanic                   // message during which the handler panicked
 	DropSocketQueue             // datagram that the kernel dropped because the socket's receive buffer was full
@@ -44,7 +45,7 @@ const (
 )
 
 var dropNames = [numDrops]string{
-	"keepalive", "runt", "oversize", "source_port", "queue_full", "panic", "socket_queue",
+	"keepalive", "runt", "oversize", "source_port", "source", "queue_full", "panic", "socket_queue",
 	"refused", "permission", "unreachable", "message_size", "send_buffer", "send_other",
 	"framing", "partial", "buffered", "outbound", "idle", "connection_limit", "zone", "register",
 }

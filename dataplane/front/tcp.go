@@ -70,6 +70,10 @@ func (f *Front) accepted(c *net.TCPConn, l Listener, member int) {
 		return
 	}
 	peer := addrPortOf(remote)
+	if l.Side == ims.Mw && !f.cfg.isCore(peer.Addr()) {
+		f.drop(c, DropSource)
+		return
+	}
 	flow := ims.Flow{Local: l.Addr, Remote: peer, Transport: ims.TCP, Side: l.Side}
 	if l.labelled() {
 		flow.Label = socketMark(c)
@@ -308,7 +312,7 @@ func (f *Front) dial(d dial) error {
 // so an attempt in progress does not hold an OS thread there. The socket is plain TCP, not MPTCP.
 func (f *Front) connect(d dial) (*net.TCPConn, error) {
 	v6 := d.flow.Local.Addr().Is6()
-	opts := append(shareOptions(), f.cfg.addressOptions(v6)...)
+	opts := append(shareOptions(), f.cfg.addressOptions(v6, d.flow.Side)...)
 	opts = append(opts, f.cfg.segmentOptions(d.flow.Side)...)
 	opts = append(opts, option{
 		level: unix.IPPROTO_TCP, name: unix.TCP_USER_TIMEOUT, value: int(userTimeout / time.Millisecond),

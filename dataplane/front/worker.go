@@ -373,6 +373,10 @@ func (w *Worker) datagram(s *udpSocket, remote netip.AddrPort, msg []byte, label
 		w.st.drops[DropSourcePort]++
 		return
 	}
+	if s.side == ims.Mw && !w.f.cfg.isCore(remote.Addr()) {
+		w.st.drops[DropSource]++
+		return
+	}
 	msg, drop := payload(msg)
 	if msg == nil {
 		w.st.drops[drop]++
