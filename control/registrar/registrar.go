@@ -47,8 +47,9 @@ const removeRetry = 2 * time.Second
 // hardMargin is how much longer the backend keeps an SA than we do, as a backstop for a crash.
 const hardMargin = time.Minute
 
-// resetGrace is how long the SAs of a set outlive its connections.
-const resetGrace = 100 * time.Millisecond
+// resetGrace is how long the SAs of a set outlive its connections: the resets get out, and what the phone had sent before it got
+// them comes in, rather than being counted as ESP that nobody knows.
+const resetGrace = 500 * time.Millisecond
 
 // queueSlack is how many sets which no longer wait may stay in the queue of unconfirmed ones, beside as many as wait.
 const queueSlack = 64
