@@ -298,7 +298,9 @@ func (w *Worker) answerFromCore(f ims.Flow) {
 		return
 	}
 	tx := digitsOf(digits)
-	w.gotAnswer(u, false, tx)
+	if !w.gotAnswer(u, false, tx) {
+		return
+	}
 	// The answer goes over the set of the request while that lives, else over the one in use.
 	hint, _ := w.readHint(&via, 2)
 	serial, how := hint[0], channel(hint[1])

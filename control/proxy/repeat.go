@@ -21,6 +21,8 @@ const (
 	gmT1 = 2 * time.Second
 	gmT2 = 16 * time.Second
 
+	repeatT4 = 5 * time.Second // how long messages stay in the network at most: Timer K
+
 	maxRepeats        = 8192     // messages that a worker keeps
 	maxRepeatsUE      = 64       // those that belong to one UE: who gets no answers is repeated eleven times
 	maxRepeatOctets   = 16 << 20 // of all of a worker
@@ -60,6 +62,8 @@ type repeat struct {
 	gap    time.Duration // until the next time
 	limit  time.Duration // of gap
 	until  time.Time
+	again  bool // it was repeated
+	done   bool // it was answered for good: further answers are those to our repetitions
 }
 
 // repeats are the messages that a worker keeps.
@@ -118,6 +122,7 @@ func (w *Worker) keep(u *registrar.UE, key repeatKey, msg []byte) *repeat {
 		r.fire = func() { w.sendAgain(r) }
 	}
 	r.key, r.msg = key, append(r.msg[:0], msg...)
+	r.again, r.done = false, false
 	u.Repeats++
 	w.repeats.octets += len(msg)
 	w.repeats.by[key] = r
@@ -149,7 +154,7 @@ func (w *Worker) stopRepeat(r *repeat) {
 func (w *Worker) sendAgain(r *repeat) {
 	u := w.table.Lookup(r.key.ue, r.key.gen)
 	left := r.until.Sub(w.eg.Now())
-	if u == nil || left <= 0 {
+	if u == nil || left <= 0 || r.done {
 		w.stopRepeat(r)
 		return
 	}
@@ -168,6 +173,7 @@ func (w *Worker) sendAgain(r *repeat) {
 		w.obs.Repeated(ims.Mw)
 		w.sendToCore(r.hop, r.msg, r.method, nil)
 	}
+	r.again = true
 	r.gap = min(2*r.gap, r.limit)
 	w.wheel.Schedule(&r.timer, min(r.gap, left), r.fire)
 }
@@ -179,18 +185,26 @@ func sideOf(s *registrar.Set) ims.Side {
 	return ims.GmProtected
 }
 
-// gotAnswer takes note of an answer, the current message, to a request with our branch. digits are those of it.
-func (w *Worker) gotAnswer(u *registrar.UE, toUE bool, digits uint64) {
+// gotAnswer takes note of an answer, the current message, to a request with our branch. digits are those of it. It reports
+// whether the answer goes on: a client over TCP expects one final answer, and repetitions may cause more. (Those to an INVITE are
+// left to its ends, which have to acknowledge each of them.)
+func (w *Worker) gotAnswer(u *registrar.UE, toUE bool, digits uint64) bool {
 	kind := kindOf(w.m.CSeqMethod())
 	r := w.repeats.by[keyOfRepeat(u, toUE, digits, kind)]
 	switch {
 	case r == nil:
+	case r.done:
+		return false
+	case w.m.Status() >= 200 && r.again && kind != repeatInvite:
+		r.done = true
+		w.wheel.Schedule(&r.timer, repeatT4, r.fire)
 	case w.m.Status() >= 200 || kind == repeatInvite:
 		w.stopRepeat(r)
 	default: // RFC 3261 §17.1.2.2: it has arrived, but the final answer may get lost and has to be asked for
 		r.gap = r.limit
 		w.wheel.Schedule(&r.timer, r.gap, r.fire)
 	}
+	return true
 }
 
 // gotAck takes note of an ACK, the current message. The ACK of a 2xx is a transaction of its own and matches nothing.

@@ -76,8 +76,16 @@ func TestRepeatRequestToCore(t *testing.T) {
 			}
 			r.wantRepeats("provisional answer", req, 30*time.Second, c.slow)
 			r.one(coreFlow(), answerTo(t, req.msg, "200 OK"))
+			if name != "INVITE" { // the core has answered the repetitions as well, and the phone expects one final answer
+				for _, status := range []string{"100 Trying", "200 OK", "503 Service Unavailable"} {
+					if out := r.deliver(coreFlow(), answerTo(t, req.msg, status)); len(out) != 0 {
+						t.Errorf("%s after the final answer: %v", status, out)
+					}
+				}
+			}
 			r.wantRepeats("final answer", req, time.Minute, 0)
 			r.wantDone(p)
+			r.one(coreFlow(), answerTo(t, req.msg, "200 OK")) // which then is no business of ours
 		})
 	}
 }
@@ -158,6 +166,9 @@ func TestRepeatRequestToUE(t *testing.T) {
 	r.wantRepeats("silent phone", req, 3*time.Second, 1)
 	if ans := r.one(p.protectedFlow, answerTo(t, req.msg, "200 OK")); ans.conn != 5 {
 		t.Errorf("answer over connection %d", ans.conn)
+	}
+	if out := r.deliver(p.protectedFlow, answerTo(t, req.msg, "200 OK")); len(out) != 0 {
+		t.Errorf("second answer: %v", out)
 	}
 	r.wantRepeats("answered", req, 2*time.Minute, 0)
 	r.wantDone(p)

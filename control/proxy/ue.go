@@ -407,7 +407,9 @@ func (w *Worker) answerFromUE(f ims.Flow, s *registrar.Set) {
 		return
 	}
 	hop.Transport = transport // whatever the UE has made of the Via beneath
-	w.gotAnswer(u, true, want)
+	if !w.gotAnswer(u, true, want) {
+		return
+	}
 
 	w.e.Reset(m)
 	w.e.PopElement(m, sipmsg.Via)
