@@ -49,14 +49,14 @@ func TestMwFromPhones(t *testing.T) {
 				forged := func(id string) string {
 					return strings.Replace(s.message("MESSAGE", aID, bID, id), "Max-Forwards", "Route: <"+path+">\r\nMax-Forwards", 1)
 				}
-				if _, err := s.udp.WriteToUDPAddrPort([]byte(forged("forged-udp")), mw); err != nil {
+				if _, err := s.udp.WriteToUDPAddrPort([]byte(forged("stranger-udp")), mw); err != nil {
 					t.Fatal(err)
 				}
 				dial, cancel := context.WithTimeout(ctx, time.Second)
 				defer cancel()
 				if conn, err := sipwire.DialTCP(dial, f.lab.UE, netip.AddrPortFrom(s.addr.Addr(), 0), mw); err == nil {
 					defer conn.Close()                                                                  // nothing to lose
-					_, _ = conn.Write([]byte(strings.Replace(forged("forged-tcp"), "/UDP", "/TCP", 1))) // it may be reset already
+					_, _ = conn.Write([]byte(strings.Replace(forged("stranger-tcp"), "/UDP", "/TCP", 1))) // it may be reset already
 				}
 				if c.reaches {
 					if _, err := b.WaitReceived(ctx, "MESSAGE", 2); err != nil {
@@ -66,7 +66,7 @@ func TestMwFromPhones(t *testing.T) {
 				}
 				f.mustMessage(ctx, t, a, bID) // the core still gets through, both ways, and after what was forged
 				for _, in := range b.Received() {
-					if strings.HasPrefix(in.CallID, "forged") {
+					if strings.HasPrefix(in.CallID, "stranger") {
 						t.Errorf("the phone got %s %s", in.Method, in.CallID)
 					}
 				}
