@@ -25,6 +25,7 @@ type backend struct {
 	hidden *hostnet.NS // where protected sockets must be made; nil: here
 	able   []ims.Suite // nil: every suite
 	stats  func() esptun.Stats
+	begin  func()        // lets packets in, once everything is there for them; nil: they come anyway
 	kernel *xfrm.Backend // Backend, if it is the kernel's
 }
 
@@ -91,12 +92,12 @@ func openUserspace(cfg *config.Config, fleet *proxy.Fleet, log *slog.Logger, rea
 		log.Warn("cannot tell whether an earlier run has left SAs in the kernel", "error", err)
 	}
 	b, err := useresp.New(useresp.Config{
-		Local: cfg.Gm.Addresses, Window: cfg.ESP.ReplayWindow, MTU: cfg.ESP.TunMTU, Logger: log, Expired: fleet.Expired,
+		Local: cfg.Gm.Addresses, Window: cfg.ESP.ReplayWindow, MTU: cfg.ESP.TunMTU, Logger: log, Expired: fleet.Expired, Held: true,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open ESP backend userspace: %w", err)
 	}
-	return &backend{Backend: b, name: "userspace", reason: reason, hidden: b.Hidden(), stats: b.Stats}, nil
+	return &backend{Backend: b, name: "userspace", reason: reason, hidden: b.Hidden(), stats: b.Stats, begin: b.Receive}, nil
 }
 
 // suites returns those of the configured suites that the backend can do.

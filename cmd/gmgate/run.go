@@ -133,6 +133,9 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		defer cancel()
 		err = errors.Join(err, f.Close(ctx))
 	}()
+	if back.begin != nil {
+		back.begin()
+	}
 	observeFront(metrics, f)
 
 	stop, err := serveMetrics(ctx, cfg, metrics, log)

@@ -72,6 +72,42 @@ func TestUDP(t *testing.T) {
 	}
 }
 
+// TestHeld: what comes in before Receive waits, and is opened with the SAs that are there by then.
+func TestHeld(t *testing.T) {
+	w := newNamespaces(t)
+	t.Cleanup(func() {
+		if err := errors.Join(w.gm.Close(), w.ue.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	w.gm = openTunnel(t, Config{Outer: w.gmNS, Local: []netip.Prefix{netip.PrefixFrom(gm4, 32), netip.PrefixFrom(gm6, 128)}, Held: true})
+	w.ue = openTunnel(t, Config{Outer: w.ueNS, Local: []netip.Prefix{farm4, farm6}})
+	var phones []*phone
+	var socks []*net.UDPConn
+	for i, v6 := range []bool{false, true} {
+		p := w.newPhone(i+1, v6, gcm)
+		if err := w.ue.Add(p.mirror()...); err != nil {
+			t.Fatal(err)
+		}
+		phones, socks = append(phones, p), append(socks, udp(t, w.gm.Hidden(), p.gm, portPS))
+		send(t, udp(t, w.ue.Hidden(), p.addr, portUC), "early", netip.AddrPortFrom(p.gm, portPS))
+	}
+	eventually(t, "both have sent", func() bool { return w.ue.Stats().PacketsOut == 2 })
+	time.Sleep(50 * time.Millisecond) // in which a tunnel that is not held would drop them
+	for _, p := range phones {
+		if err := w.gm.Add(p.sas[:]...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.gm.Receive()
+	for i, p := range phones {
+		expect(t, socks[i], "early", netip.AddrPortFrom(p.addr, portUC))
+	}
+	if st := w.gm.Stats(); st.Dropped(UnknownSPI) != 0 {
+		t.Errorf("%d packets dropped", st.Dropped(UnknownSPI))
+	}
+}
+
 // exchangeUDP installs the phone and sends a request uc→ps and an answer pc→us of each size.
 func (p *phone) exchangeUDP(t *testing.T, sizes ...int) {
 	t.Helper()

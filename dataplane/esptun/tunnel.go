@@ -55,6 +55,10 @@ type Config struct {
 	// for all addresses in Local, which is the form for many UEs.
 	OuterAddrs []netip.Addr
 
+	// Held leaves what comes in to the raw sockets' buffers until Receive is called: at a restart, phones send before their SAs
+	// are installed again and before anybody listens to them.
+	Held bool
+
 	MTU    int          // of the TUN; zero for DefaultMTU
 	Window int          // replay window in packets; zero for esp.DefaultWindow
 	Logger *slog.Logger // nil for slog.Default
@@ -72,6 +76,7 @@ type Tunnel struct {
 	receivers   []*receiver
 	transmitter *transmitter
 	running     sync.WaitGroup
+	receiving   sync.Once
 	closing     sync.Once
 	closeErr    error
 }
@@ -88,11 +93,22 @@ func Open(cfg Config) (*Tunnel, error) {
 	for _, s := range t.socks {
 		r := newReceiver(t, s)
 		t.receivers = append(t.receivers, r)
-		t.running.Go(r.run)
 	}
 	t.transmitter = newTransmitter(t)
 	t.running.Go(t.transmitter.run)
+	if !cfg.Held {
+		t.Receive()
+	}
 	return t, nil
+}
+
+// Receive begins with what has come in, for a tunnel that was opened with Held. It must not be called after Close.
+func (t *Tunnel) Receive() {
+	t.receiving.Do(func() {
+		for _, r := range t.receivers {
+			t.running.Go(r.run)
+		}
+	})
 }
 
 // complete checks the configuration and fills in what was left out.

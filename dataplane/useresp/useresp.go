@@ -57,6 +57,7 @@ type Config struct {
 	Local  []netip.Addr // our Gm addresses; they must be addresses of the host
 	Outer  *hostnet.NS  // where the host's addresses are; nil for the process's own namespace
 	Window int          // replay window in packets, zero for the default
+	Held   bool         // let packets wait until Receive is called
 	MTU    int          // of the TUN, zero for the default
 	Logger *slog.Logger // nil for slog.Default
 
@@ -84,7 +85,7 @@ type Backend struct {
 // New opens the tunnel and starts the backend.
 func New(cfg Config) (*Backend, error) {
 	tc := esptun.Config{
-		Outer: cfg.Outer, OuterAddrs: cfg.Local, MTU: cfg.MTU, Window: cfg.Window, Logger: cfg.Logger,
+		Outer: cfg.Outer, OuterAddrs: cfg.Local, Held: cfg.Held, MTU: cfg.MTU, Window: cfg.Window, Logger: cfg.Logger,
 	}
 	for _, a := range cfg.Local {
 		tc.Local = append(tc.Local, netip.PrefixFrom(a, a.BitLen()))
@@ -98,6 +99,9 @@ func New(cfg Config) (*Backend, error) {
 
 // Hidden returns the namespace in which sockets are protected: open the listeners on the protected ports there.
 func (b *Backend) Hidden() *hostnet.NS { return b.tun.Hidden() }
+
+// Receive begins with the packets that have waited since New, if Config.Held. It must not be called after Close.
+func (b *Backend) Receive() { b.tun.Receive() }
 
 // Stats returns the packet counters.
 func (b *Backend) Stats() esptun.Stats { return b.tun.Stats() }
