@@ -55,7 +55,7 @@ func TestMwFromPhones(t *testing.T) {
 				dial, cancel := context.WithTimeout(ctx, time.Second)
 				defer cancel()
 				if conn, err := sipwire.DialTCP(dial, f.lab.UE, netip.AddrPortFrom(s.addr.Addr(), 0), mw); err == nil {
-					defer conn.Close()                                                                  // nothing to lose
+					defer conn.Close()                                                                    // nothing to lose
 					_, _ = conn.Write([]byte(strings.Replace(forged("stranger-tcp"), "/UDP", "/TCP", 1))) // it may be reset already
 				}
 				if c.reaches {
