@@ -209,6 +209,9 @@ func TestRestart(t *testing.T) {
 			{"rebooted", (*fixture).kill, true, false},
 			{"stopped", func(f *fixture) error { return f.daemon.Stop() }, false, true},
 		} {
+			if v6 && slowMachine() && !how.flush { // what is installed again depends on the family, what stays does not
+				continue
+			}
 			t.Run(how.name+" over "+family(v6), func(t *testing.T) {
 				f := start(t, stored(t, fixtureConfig{ipv6: v6, subs: restartPhones()}))
 				ctx := longer(t)
