@@ -152,7 +152,7 @@ func TestDropsCommand(t *testing.T) {
 		{"--count 3", 2, "-count is for --follow"},
 		{"--follow --count -1", 2, "-count -1"},
 		{"--reason cleartext,,malformed", 2, "a reason is empty"},
-		{"--follow --reason unkown_spi", 2, `there is no reason "unkown_spi"; they are `},
+		{"--follow --reason unnown_spi", 2, `there is no reason "unnown_spi"; they are `},
 		{"-x", 2, "-x"},
 	} {
 		var stdout, stderr bytes.Buffer

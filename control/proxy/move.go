@@ -575,9 +575,7 @@ func (r *renames) change(n Name, do func(map[Name]Name)) {
 	b := r.bucket(n)
 	next := make(map[Name]Name)
 	if m := b.Load(); m != nil {
-		for k, v := range *m {
-			next[k] = v
-		}
+		maps.Copy(next, *m)
 	}
 	before := len(next)
 	do(next)

@@ -454,8 +454,12 @@ func TestMoveRefused(t *testing.T) {
 		to   int
 		want error
 	}{
-		{id, 2, ErrNoWorker}, {id, -1, ErrNoWorker}, {UEID{}, 1, ErrNoUE}, {UEID{Worker: 0, Index: 9}, 1, ErrNoUE},
-		{UEID{Worker: 5, Index: 1}, 1, ErrNoUE}, {id, 0, nil}, // it is there
+		{id, 2, ErrNoWorker},
+		{id, -1, ErrNoWorker},
+		{UEID{}, 1, ErrNoUE},
+		{UEID{Worker: 0, Index: 9}, 1, ErrNoUE},
+		{UEID{Worker: 5, Index: 1}, 1, ErrNoUE},
+		{id, 0, nil}, // it is there
 	} {
 		if err := ask(tt.id, tt.to); !errors.Is(err, tt.want) {
 			t.Errorf("%v to %d: %v, want %v", tt.id, tt.to, err, tt.want)

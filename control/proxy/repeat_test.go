@@ -174,7 +174,7 @@ func TestRepeatRequestToUE(t *testing.T) {
 	r.wantDone(p)
 
 	// A phone that goes gets nothing more.
-	req = r.one(f, overTCP(r.request(p, "MESSAGE", "mt2")))
+	r.one(f, overTCP(r.request(p, "MESSAGE", "mt2")))
 	r.leave(p)
 	r.l.out = nil
 	r.advance(10 * time.Minute)

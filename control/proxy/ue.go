@@ -103,7 +103,7 @@ func (w *Worker) requestFromUE(f ims.Flow, s *registrar.Set) {
 	if !w.finish() {
 		return
 	}
-	w.deliverToCore(f, s, hop, method)
+	w.deliverToCore(f, hop, method)
 	if f.Transport == ims.TCP && hop.Transport == ims.UDP && method != sipmsg.MethodAck {
 		w.repeatToCore(u, false, digits, kindOf(method), method, hop)
 	}
@@ -139,7 +139,7 @@ func (w *Worker) requestDigits(v *sipmsg.ViaParm) uint64 {
 }
 
 // deliverToCore sends the finished request; if the connection fails the UE gets 503 at once.
-func (w *Worker) deliverToCore(f ims.Flow, s *registrar.Set, hop ims.Hop, method sipmsg.Method) {
+func (w *Worker) deliverToCore(f ims.Flow, hop ims.Hop, method sipmsg.Method) {
 	var fail func()
 	if hop.Transport == ims.TCP {
 		req := append([]byte(nil), w.m.Bytes()...)

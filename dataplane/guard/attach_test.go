@@ -730,11 +730,16 @@ func TestLoopbackAddress(t *testing.T) {
 // TestLowest says which of the interfaces that packets pass get a guard.
 func TestLowest(t *testing.T) {
 	links := []hostnet.Link{
-		{Name: "eth0", Index: 2, Up: true}, {Name: "eth0.7", Index: 3, Up: true, Kind: "vlan", Lower: 2},
+		{Name: "eth0", Index: 2, Up: true},
+		{Name: "eth0.7", Index: 3, Up: true, Kind: "vlan", Lower: 2},
 		{Name: "mac0", Index: 4, Up: true, Kind: "macvlan", Lower: 3},
-		{Name: "bond0", Index: 5, Up: true, Kind: "bond"}, {Name: "eth1", Index: 6, Up: true, Master: 5}, {Name: "eth2", Index: 7, Up: true, Master: 5},
-		{Name: "eth3", Index: 8, Master: 5}, {Name: "bond0.7", Index: 9, Up: true, Kind: "vlan", Lower: 5},
-		{Name: "va", Index: 10, Up: true, Kind: "veth", Lower: 11}, {Name: "vb", Index: 11, Up: true, Kind: "veth", Lower: 10},
+		{Name: "bond0", Index: 5, Up: true, Kind: "bond"},
+		{Name: "eth1", Index: 6, Up: true, Master: 5},
+		{Name: "eth2", Index: 7, Up: true, Master: 5},
+		{Name: "eth3", Index: 8, Master: 5},
+		{Name: "bond0.7", Index: 9, Up: true, Kind: "vlan", Lower: 5},
+		{Name: "va", Index: 10, Up: true, Kind: "veth", Lower: 11},
+		{Name: "vb", Index: 11, Up: true, Kind: "veth", Lower: 10},
 		{Name: "br0", Index: 12, Up: true, Kind: "bridge"},
 	}
 	for _, c := range []struct{ names, want string }{

@@ -64,6 +64,7 @@ func (s *script) Closed(c ims.ConnID, f ims.Flow) { s.note("closed %d %s", c, f)
 func (s *script) Dialed(tag uint64, c ims.ConnID, f ims.Flow, err error) {
 	s.note("dialed %d %d %s %v", tag, c, f, err)
 }
+
 func (s *script) Tick(now time.Time) time.Duration {
 	s.note("tick %s", now.Sub(Start))
 	return 0
