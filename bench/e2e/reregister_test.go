@@ -673,6 +673,10 @@ func (s *scene) reboot(t *testing.T, change func(*ue.Config)) {
 	w := s.flow(s.ctx, t, d, s.b)
 	w.turn(s.ctx, t)
 	w.finish(t, d, s.b)
+	// The flow is over when the callers are done: a phone that has hung up may still wait for the answer to its BYE.
+	if !eventually(s.ctx, caseTimeout, func() bool { return d.u.Calls() == 0 }) {
+		t.Fatal("a call does not end")
+	}
 	old := d.current(t)
 	sent := s.capture.Packets(old.SPIs.US) + s.capture.Packets(old.SPIs.UC)
 	d.u.Reboot()

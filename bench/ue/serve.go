@@ -477,11 +477,7 @@ func (u *UE) hangUp(d *dialog) {
 	ctx, cancel := context.WithTimeout(u.ctx, timerFactor*u.farm.cfg.T1)
 	defer cancel()
 	in, err := u.transact(ctx, reg.set, u.inDialog(reg, d, "BYE"), "bye")
-	u.mu.Lock()
-	off := reg.set.dead // switched off meanwhile, say when the other side had the BYE already
-	u.mu.Unlock()
 	switch {
-	case err != nil && off:
 	case err != nil:
 		u.problem("BYE of the called side: %v", err)
 	case in.msg.Status != 200:

@@ -352,6 +352,14 @@ func (u *UE) dropAll() {
 // Reboot forgets the registration without telling the network; the next Register starts over in clear.
 func (u *UE) Reboot() { u.dropAll() }
 
+// Calls returns the number of calls that are under way. A call lasts until this phone has the answer to its BYE, which may be
+// after the other side thinks it over.
+func (u *UE) Calls() int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return len(u.dialogs)
+}
+
 // CloseConnections ends every protected TCP connection, as phones do when the radio goes idle. The SA sets stay.
 func (u *UE) CloseConnections() {
 	u.mu.Lock()

@@ -196,6 +196,21 @@ func (k *fakeKernel) place(typ uint16, p *policy) {
 	_ = s.send(m.buf)
 }
 
+// atOnce has monitors hear of changes only when all of them are made.
+func (k *fakeKernel) atOnce(change func()) {
+	swap := func(m *fakeMonitor) (old *fakeMonitor) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		old, k.changes = k.changes, m
+		return old
+	}
+	monitor := swap(&fakeMonitor{queue: make(chan []byte, 16)})
+	change()
+	for held := swap(monitor); len(held.queue) > 0; {
+		monitor.queue <- <-held.queue
+	}
+}
+
 // whole reports whether exactly these policies are there, as updatePolicy makes them.
 func (k *fakeKernel) whole(ps []policy) bool {
 	k.mu.Lock()
