@@ -195,6 +195,18 @@ func TestNoStore(t *testing.T) {
 	closed(t, k)
 }
 
+// register puts a registration of a worker into the store, and returns its set.
+func register(t *testing.T, k *keeper, worker uint16) store.Set {
+	t.Helper()
+	s, r := storetest.Set(3), storetest.Registration(3)
+	s.Deadline = s.Deadline.AddDate(100, 0, 0)
+	r.Worker, s.Worker = worker, worker
+	if err := k.db.Apply(t.Context(), store.Batch{Sets: []store.Set{s}, Registrations: []store.Registration{r}}); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 // What load found goes to the workers: contexts, and SPIs that nobody may be given.
 func TestKeeperHands(t *testing.T) {
 	cfg := storeConfig(t)
@@ -203,12 +215,7 @@ func TestKeeperHands(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer closed(t, k)
-	s, r := storetest.Set(3), storetest.Registration(3)
-	s.Deadline = s.Deadline.AddDate(100, 0, 0)
-	r.Worker, s.Worker = 0, 0
-	if err := k.db.Apply(t.Context(), store.Batch{Sets: []store.Set{s}, Registrations: []store.Registration{r}}); err != nil {
-		t.Fatal(err)
-	}
+	s := register(t, k, 0)
 	key, _ := k.tokenKey()
 	shared := &proxy.Config{
 		Workers: 1, Gm: []netip.Addr{s.Local}, Suites: ims.Suites(), TokenKey: key, SPIFirst: 1 << 28, SPILast: 1<<28 + 4095,
@@ -235,12 +242,7 @@ func TestKeepPorts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer closed(t, k)
-	s, r := storetest.Set(3), storetest.Registration(3)
-	s.Deadline = s.Deadline.AddDate(100, 0, 0)
-	r.Worker, s.Worker = 3, 3
-	if err := k.db.Apply(t.Context(), store.Batch{Sets: []store.Set{s}, Registrations: []store.Registration{r}}); err != nil {
-		t.Fatal(err)
-	}
+	s := register(t, k, 3)
 	shared := &proxy.Config{Workers: 1, Gm: []netip.Addr{s.Local}, Suites: ims.Suites()}
 	shared.Registrar.ServerPorts, shared.Registrar.ClientPorts = []uint16{s.Ports.PS}, []uint16{s.Ports.PC}
 	if err := k.load(t.Context(), cfg, shared, installing{new(satest.Backend)}); err != nil {

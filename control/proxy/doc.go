@@ -3,7 +3,8 @@
 //
 // Requests other than REGISTER, and their answers, are forwarded as by a stateless proxy (RFC 3261 §16.11): what an
 // answer or an in-dialog request needs is in a sealed flow token, carried in our Via branch, Path and Record-Route.
-// REGISTER transactions keep state, because SAs hang on them.
+// REGISTER transactions keep state, because SAs hang on them; and what comes over TCP and leaves over UDP is kept until it
+// is answered, because its sender would not repeat it.
 //
 // For every registered UE there is a subscription of our own to its registration state (TS 24.229 §5.2.3), by which the
 // core ends or shortens registrations. Package regevent is its state machine and dialog, package reginfo reads what the
