@@ -17,7 +17,8 @@ import (
 
 // Implementation constants.
 const (
-	// Towards a UE the timers of TS 24.229 §7.7 hold.
+	// Both ways the timers of TS 24.229 §7.7 for the air interface hold: what goes to the core is answered by a UE beyond it as
+	// a rule, and with less patience most requests would be sent twice for nothing.
 	gmT1 = 2 * time.Second
 	gmT2 = 16 * time.Second
 
@@ -93,7 +94,7 @@ func keyOfRepeat(u *registrar.UE, toUE bool, digits uint64, kind repeatKind) rep
 func (w *Worker) repeatToCore(u *registrar.UE, toUE bool, digits uint64, kind repeatKind, method sipmsg.Method, hop ims.Hop) {
 	if r := w.keep(u, keyOfRepeat(u, toUE, digits, kind), w.out); r != nil {
 		r.method, r.hop = method, hop
-		w.arm(r, coreT1, coreT2)
+		w.arm(r)
 	}
 }
 
@@ -101,7 +102,7 @@ func (w *Worker) repeatToCore(u *registrar.UE, toUE bool, digits uint64, kind re
 func (w *Worker) repeatToUE(s *registrar.Set, toUE bool, digits uint64, kind repeatKind, method sipmsg.Method, how channel) {
 	if r := w.keep(s.UE, keyOfRepeat(s.UE, toUE, digits, kind), w.out); r != nil {
 		r.method, r.serial, r.how = method, s.Serial, how
-		w.arm(r, gmT1, gmT2)
+		w.arm(r)
 	}
 }
 
@@ -129,12 +130,13 @@ func (w *Worker) keep(u *registrar.UE, key repeatKey, msg []byte) *repeat {
 	return r
 }
 
-func (w *Worker) arm(r *repeat, t1, t2 time.Duration) {
-	r.gap, r.limit, r.until = t1, t2, w.eg.Now().Add(64*t1)
+func (w *Worker) arm(r *repeat) {
+	r.gap, r.limit, r.until = gmT1, gmT2, w.eg.Now().Add(64*gmT1)
 	if r.key.kind == repeatInvite {
-		r.limit = 64 * t1 // Timer A has none
+		r.limit = 64 * gmT1 // Timer A has none
 	}
-	w.wheel.Schedule(&r.timer, r.gap, r.fire)
+	// The wheel's clock is behind where the loop is: a repetition must not be early.
+	w.wheel.Schedule(&r.timer, r.gap+w.eg.Now().Sub(w.wheel.Now()), r.fire)
 }
 
 // stopRepeat forgets a message.

@@ -55,26 +55,26 @@ func TestRepeatRequestToCore(t *testing.T) {
 	for name, c := range map[string]struct {
 		msg     string
 		repeats int // unanswered
-		slow    int // in 30 s after a provisional answer
+		slow    int // in 120 s after a provisional answer
 	}{
-		"non-INVITE": {p.message(), 10, 7}, // 0.5, 1.5, 3.5, 7.5 and then every 4 s
-		"INVITE":     {p.calls(), 6, 0},    // 0.5, 1.5, 3.5, 7.5, 15.5, 31.5
+		"non-INVITE": {p.message(), 10, 7}, // 2, 6, 14 s and then every 16 s
+		"INVITE":     {p.calls(), 6, 0},    // 2, 6, 14, 30, 62, 126 s
 		"CANCEL":     {strings.ReplaceAll(p.message(), "MESSAGE", "CANCEL"), 10, 7},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r.t = t
 			msg := overTCP(c.msg)
 			req := r.one(f, msg)
-			r.wantRepeats("silent core", req, 33*time.Second, c.repeats)
+			r.wantRepeats("silent core", req, 129*time.Second, c.repeats)
 			r.wantDone(p)
-			r.wantRepeats("given up", req, 2*time.Minute, 0)
+			r.wantRepeats("given up", req, 3*time.Minute, 0)
 
 			req = r.one(f, msg)
-			r.wantRepeats("silent core", req, time.Second, 1)
+			r.wantRepeats("silent core", req, 3*time.Second, 1)
 			if out := r.one(coreFlow(), answerTo(t, req.msg, "100 Trying")); out.conn != 3 {
 				t.Errorf("100 over connection %d", out.conn)
 			}
-			r.wantRepeats("provisional answer", req, 30*time.Second, c.slow)
+			r.wantRepeats("provisional answer", req, 120*time.Second, c.slow)
 			r.one(coreFlow(), answerTo(t, req.msg, "200 OK"))
 			if name != "INVITE" { // the core has answered the repetitions as well, and the phone expects one final answer
 				for _, status := range []string{"100 Trying", "200 OK", "503 Service Unavailable"} {
@@ -98,9 +98,9 @@ func TestRepeatCancel(t *testing.T) {
 	invite := r.one(f, overTCP(p.calls()))
 	r.one(coreFlow(), answerTo(t, invite.msg, "180 Ringing"))
 	cancel := r.one(f, overTCP(strings.ReplaceAll(p.message(), "MESSAGE", "CANCEL")))
-	r.wantRepeats("CANCEL", cancel, time.Second, 1)
+	r.wantRepeats("CANCEL", cancel, 3*time.Second, 1)
 	r.one(coreFlow(), answerTo(t, invite.msg, "487 Request Terminated"))
-	r.wantRepeats("CANCEL after the end of the INVITE", cancel, time.Second, 1)
+	r.wantRepeats("CANCEL after the end of the INVITE", cancel, 4*time.Second, 1)
 	r.one(coreFlow(), answerTo(t, cancel.msg, "200 OK"))
 	r.wantRepeats("answered CANCEL", cancel, time.Minute, 0)
 	r.wantDone(p)
@@ -193,12 +193,12 @@ func TestRepeatAnswer(t *testing.T) {
 	phone := r.connect(p, 3)
 	invite := r.one(coreFlow(), r.request(p, "INVITE", "i1"))
 	busy := r.one(phone, answerTo(t, invite.msg, "486 Busy Here"))
-	r.wantRepeats("without ACK", busy, 33*time.Second, 10)
+	r.wantRepeats("without ACK", busy, 129*time.Second, 10)
 	r.wantDone(p)
 	busy = r.one(phone, answerTo(t, invite.msg, "486 Busy Here"))
-	r.wantRepeats("without ACK", busy, 2*time.Second, 2)
+	r.wantRepeats("without ACK", busy, 7*time.Second, 2)
 	r.deliver(coreFlow(), r.request(p, "ACK", "i2"))
-	r.wantRepeats("ACK of another", busy, 2*time.Second, 1)
+	r.wantRepeats("ACK of another", busy, 8*time.Second, 1)
 	r.deliver(coreFlow(), r.request(p, "ACK", "i1"))
 	r.wantRepeats("acknowledged", busy, time.Minute, 0)
 	r.wantDone(p)
@@ -234,7 +234,7 @@ func TestRepeatLimits(t *testing.T) {
 		t.Errorf("%v refusals counted, want %d", n, more)
 	}
 	r.l.out = nil
-	r.advance(time.Second)
+	r.advance(3 * time.Second)
 	if n := len(r.l.out); n != maxRepeatsUE {
 		t.Errorf("%d messages repeated, want %d", n, maxRepeatsUE)
 	}
@@ -246,7 +246,7 @@ func TestRepeatLimits(t *testing.T) {
 	if n := r.metric("sip_repeats_refused_total", ""); n != more {
 		t.Errorf("%v refusals counted, want %d", n, more)
 	}
-	r.advance(time.Minute)
+	r.advance(3 * time.Minute)
 	r.wantDone(p)
 	if n := len(r.w.repeats.idle); n > maxIdleRepeats {
 		t.Errorf("%d spent ones kept", n)
